@@ -1,0 +1,7 @@
+"""Callbacks for any LightningModule; importing them imports neither transformers nor datasets."""
+
+from lightning_llm.callbacks.huggingface_checkpoint import HuggingFaceCheckpoint
+from lightning_llm.callbacks.token_throughput import TokenThroughput
+from lightning_llm.callbacks.training_report import TrainingReport
+
+__all__ = ["HuggingFaceCheckpoint", "TokenThroughput", "TrainingReport"]

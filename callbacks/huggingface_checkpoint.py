@@ -1,0 +1,199 @@
+"""Folders that `from_pretrained` loads, written while training."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L  # noqa: N812 (Lightning's own convention)
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.utilities import rank_zero_only
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
+
+
+def improves(value: float, best: float | None, mode: Literal["min", "max"]) -> bool:
+    """Whether a score is better than the best so far; NaN never is."""
+    if math.isnan(value):
+        return False
+    return best is None or (value < best if mode == "min" else value > best)
+
+
+class HuggingFaceCheckpoint(L.Callback):
+    """Write the model as Hugging Face folders: weights (safetensors), configuration, generation settings, tokenizer.
+
+    ``<dirpath>/last`` and ``<dirpath>/best`` are links to ``<dirpath>/step-<optimizer step>``. A folder is written
+    beside its place, renamed when it is whole, and only then linked, so a reader or a crash never meets half of one;
+    folders that neither link names are removed. Sharded (FSDP2) parameters are gathered on rank 0.
+
+    Args:
+        dirpath: Where; ``huggingface`` in the logger's folder if None.
+        monitor: The metric that chooses ``best``; None writes ``last`` only.
+        mode: ``min`` or ``max`` of the metric is best.
+        every_n_steps: Write ``last`` each n optimizer steps too, not only after each validation and at the end.
+        tokenizer: Written into each folder; the data module's ``tokenizer`` if None.
+
+    Raises:
+        ValueError: If the metric is not logged, or the strategy keeps parameters where they cannot be gathered.
+        TypeError: If the LightningModule's ``model`` has no ``save_pretrained``.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | None = None,
+        monitor: str | None = "val/loss",
+        mode: Literal["min", "max"] = "min",
+        every_n_steps: int | None = None,
+        tokenizer: Any = None,
+    ) -> None:
+        if mode not in ("min", "max"):
+            raise ValueError(f"`mode` must be 'min' or 'max', but got {mode!r}.")
+        self.dirpath = Path(dirpath).expanduser() if dirpath else None
+        self.monitor = monitor
+        self.mode = mode
+        self.every_n_steps = every_n_steps
+        self.tokenizer = tokenizer
+        self.best_score: float | None = None
+        self._saved_step = -1
+
+    @property
+    def state_key(self) -> str:
+        """Several of these may watch several metrics."""
+        return self._generate_state_key(monitor=self.monitor, mode=self.mode)
+
+    def written_paths(self) -> dict[str, str]:
+        """What has been written: ``last`` and ``best`` folders."""
+        if self.dirpath is None:
+            return {}
+        links = {f"Hugging Face {name}": self.dirpath / name for name in ("last", "best")}
+        return {name: str(path) for name, path in links.items() if path.exists()}
+
+    # ---- hooks ---------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse what cannot be written; find the folder."""
+        if stage != "fit":
+            return
+        if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
+            raise ValueError(
+                f"HuggingFaceCheckpoint cannot gather the parameters that {type(trainer.strategy).__name__} keeps. "
+                f"Use DDPStrategy, or ModelParallelStrategy for sharded parameters."
+            )
+        if self.dirpath is None:
+            log_dir = trainer.log_dir or trainer.default_root_dir
+            self.dirpath = Path(log_dir) / "huggingface"
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write ``last`` at every n-th optimizer step."""
+        step = trainer.global_step
+        if self.every_n_steps and step and step % self.every_n_steps == 0 and step != self._saved_step:
+            self._save(trainer, pl_module, ["last"])
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write ``last``, and ``best`` if the metric improved."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        links = ["last"]
+        if self.monitor is not None and self._improved(trainer, self.monitor):
+            links.append("best")
+        self._save(trainer, pl_module, links)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write ``last``, unless the last step has been written already."""
+        if trainer.global_step != self._saved_step:
+            self._save(trainer, pl_module, ["last"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best score so far."""
+        return {"best_score": self.best_score, "monitor": self.monitor}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on comparing with the best score."""
+        self.best_score = state_dict["best_score"]
+
+    # ---- details -------------------------------------------------------------------------------------------------
+
+    def _improved(self, trainer: L.Trainer, monitor: str) -> bool:
+        if monitor not in trainer.callback_metrics:
+            raise ValueError(
+                f"HuggingFaceCheckpoint(monitor={monitor!r}): no such metric is logged; there are "
+                f"{sorted(trainer.callback_metrics)}. Choose one of them, or monitor=None."
+            )
+        value = float(trainer.strategy.broadcast(float(trainer.callback_metrics[monitor])))  # one opinion for all ranks
+        if not improves(value, self.best_score, self.mode):
+            return False
+        self.best_score = value
+        return True
+
+    def _save(self, trainer: L.Trainer, pl_module: L.LightningModule, links: list[str]) -> None:
+        model = getattr(pl_module, "model", None)
+        if not hasattr(model, "save_pretrained"):
+            raise TypeError(
+                f"HuggingFaceCheckpoint writes `pl_module.model`, which should have `save_pretrained`, but "
+                f"{type(pl_module).__name__}.model is {type(model).__name__}."
+            )
+        assert self.dirpath is not None
+        weights = _gathered_weights(model)
+        if trainer.is_global_zero:
+            tokenizer = self.tokenizer or getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+            write_folder(model, weights, tokenizer, self.dirpath, trainer.global_step, links)
+        self._saved_step = trainer.global_step
+        trainer.strategy.barrier("HuggingFaceCheckpoint")
+
+
+def _gathered_weights(model: Any) -> dict[str, torch.Tensor] | None:
+    """The whole state dict on rank 0 if parameters are sharded (all ranks take part); None if they are whole."""
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return None
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+@rank_zero_only
+def write_folder(
+    model: Any, weights: dict[str, torch.Tensor] | None, tokenizer: Any, dirpath: Path, step: int, links: list[str]
+) -> Path:
+    """Write ``dirpath/step-<step>``, let the links point to it, remove folders that no link names.
+
+    Args:
+        model: With ``save_pretrained``.
+        weights: State dict to write; the model's own if None.
+        tokenizer: With ``save_pretrained``, or None.
+        dirpath: Parent folder.
+        step: Optimizer step, for the name.
+        links: Names that shall point to the new folder.
+    """
+    dirpath.mkdir(parents=True, exist_ok=True)
+    name = f"step-{step:08d}"
+    folder = dirpath / name
+    repeat = 1
+    while folder.exists():  # an earlier run came to the same step; its folder may be in use until the links move
+        repeat += 1
+        folder = dirpath / f"{name}-{repeat}"
+    unfinished = dirpath / f".unfinished-{folder.name}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(str(unfinished), **({} if weights is None else {"state_dict": weights}))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(unfinished))
+    unfinished.rename(folder)
+    for link in links:
+        _point(dirpath / link, folder.name)
+    named = {(dirpath / link).resolve() for link in ("last", "best") if (dirpath / link).is_symlink()}
+    for old in dirpath.glob("step-*"):
+        if old.resolve() not in named:
+            shutil.rmtree(old)
+    return folder
+
+
+def _point(link: Path, target: str) -> None:
+    """Make ``link`` name ``target`` in one step: a reader finds the old folder or the new one."""
+    if link.exists() and not link.is_symlink():
+        raise FileExistsError(f"{link} is in the way: HuggingFaceCheckpoint keeps a link there. Move it, or set dirpath.")
+    fresh = link.with_name(f".{link.name}.new")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(target, target_is_directory=True)
+    fresh.replace(link)

@@ -1,0 +1,23 @@
+"""The corpus that every Python brings along: the source of its standard library and the text of its manual."""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+_SKIPPED_FOLDERS = {"test", "tests", "idle_test", "pydoc_data", "site-packages", "dist-packages", "__pycache__"}
+
+
+def stdlib_files() -> list[Path]:
+    """The standard library's ``.py`` files without its tests, sorted; empty where a Python has no sources."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = (path for path in root.rglob("*.py") if not _SKIPPED_FOLDERS & set(path.relative_to(root).parts))
+    return sorted(path for path in files if path.is_file())
+
+
+def manual_topics() -> Iterator[tuple[str, str]]:
+    """(name, text) of the language reference's topics, as ``help()`` shows them."""
+    from pydoc_data.topics import topics  # type: ignore[import-untyped]
+
+    yield from sorted(topics.items())

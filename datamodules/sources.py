@@ -1,0 +1,324 @@
+"""Where documents come from: files and folders, jsonl, parquet, `datasets`, the standard library.
+
+A source yields documents one by one, in an order that only depends on the data, and never holds them all.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import logging
+import sys
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lightning_llm.datamodules.cache import fingerprint
+from lightning_llm.datamodules.corpus import manual_topics, stdlib_files
+
+log = logging.getLogger(__name__)
+
+STDLIB = "python-stdlib"
+
+_TEXT_SUFFIXES = frozenset(
+    ".txt .text .md .markdown .rst .tex .html .xml .css .yaml .yml .toml .ini .cfg .sql .sh .py .pyi "
+    ".c .h .cc .cpp .cxx .hpp .cu .cs .java .kt .scala .go .rs .js .jsx .ts .tsx .rb .php .pl .lua .r .jl .swift .hs "
+    ".ml .ex .erl .clj .lisp .el .vim .f90 .m .asm .s .proto .cmake".split()
+)
+_TABLE_SUFFIXES = frozenset({".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"})
+
+
+class Document(NamedTuple):
+    """A text and what to call it in messages."""
+
+    name: str
+    text: str
+
+
+class CorruptDataError(ValueError):
+    """A record that cannot be read, named by file and line."""
+
+
+class DocumentSource(ABC):
+    """Documents, and an identity that changes when they do."""
+
+    name: str
+
+    @abstractmethod
+    def documents(self) -> Iterator[Document]:
+        """Yield all documents, in a fixed order."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Identify the data: another value for other documents or another order."""
+
+
+class StdlibSource(DocumentSource):
+    """The running Python's standard library: its source without tests, and its manual."""
+
+    name = STDLIB
+
+    def documents(self) -> Iterator[Document]:
+        """Yield each module's source, then each topic of the manual."""
+        for path in stdlib_files():
+            yield Document(str(path), path.read_text(encoding="utf-8", errors="replace"))
+        for topic, text in manual_topics():
+            yield Document(f"manual: {topic}", text)
+
+    def fingerprint(self) -> str:
+        """The Python version and its files."""
+        return fingerprint([sys.version, *map(_stat, stdlib_files())])
+
+
+class FileSource(DocumentSource):
+    """Text, markdown and source files (a document each), jsonl and parquet files (a document a row).
+
+    Args:
+        files: In reading order.
+        name: For messages.
+        text_column: The field of a jsonl or parquet row that holds the text.
+        skip_corrupt: Leave out what cannot be read, and warn how much that was, instead of raising.
+    """
+
+    def __init__(self, files: Sequence[Path], name: str, text_column: str, skip_corrupt: bool) -> None:
+        self.files = list(files)
+        self.name = name
+        self.text_column = text_column
+        self.skip_corrupt = skip_corrupt
+
+    def fingerprint(self) -> str:
+        """Each file's path, size and time of change, and how rows are read."""
+        return fingerprint([*map(_stat, self.files), self.text_column, str(self.skip_corrupt)])
+
+    def documents(self) -> Iterator[Document]:
+        """Yield the documents file by file."""
+        skipped: list[str] = []
+        for path in self.files:
+            for name, read in self._records(path):
+                try:
+                    yield Document(name, read(name))
+                except CorruptDataError as error:
+                    if not self.skip_corrupt:
+                        raise
+                    skipped.append(str(error))
+        if skipped:
+            log.warning("Skipped %d corrupt records of %s. The first: %s", len(skipped), self.name, skipped[0])
+
+    def _records(self, path: Path) -> Iterator[tuple[str, Callable[[str], str]]]:
+        """Each record's name, and how to read its text."""
+        suffix = _suffix(path)
+        try:
+            if suffix == ".parquet":
+                for row, value in enumerate(_parquet_column(path, self.text_column)):
+                    yield f"{path}, row {row}", partial(_check_text, self.text_column, value)
+            elif suffix in _TABLE_SUFFIXES:
+                with _open_compressed(path) as lines:
+                    for number, line in enumerate(lines, start=1):
+                        if line.strip():
+                            yield f"{path}, line {number}", partial(_json_field, self.text_column, line)
+            else:
+                yield str(path), partial(_decode, path.read_bytes())
+        except (EOFError, gzip.BadGzipFile, zlib.error, pa.ArrowInvalid) as error:
+            raise ValueError(f"{path} is damaged or cut short ({error}). Copy or download it again.") from error
+
+
+class DatasetSource(DocumentSource):
+    """A `datasets` data set with random access.
+
+    Args:
+        dataset: One split.
+        name: For messages.
+        text_column: The column that holds the text.
+    """
+
+    def __init__(self, dataset: Any, name: str, text_column: str) -> None:
+        if text_column not in dataset.column_names:
+            raise _no_column(name, text_column, dataset.column_names)
+        self.dataset = dataset
+        self.name = name
+        self.text_column = text_column
+
+    def documents(self) -> Iterator[Document]:
+        """Yield the text column, row by row."""
+        row = 0
+        for batch in self.dataset.select_columns([self.text_column]).iter(batch_size=256):
+            for text in batch[self.text_column]:
+                yield Document(f"{self.name}, row {row}", text or "")
+                row += 1
+
+    def fingerprint(self) -> str:
+        """The fingerprint that `datasets` keeps, and the column."""
+        return fingerprint([self.dataset._fingerprint, self.text_column])
+
+
+def open_source(
+    data: str | Path | Sequence[str | Path],
+    *,
+    text_column: str = "text",
+    split: str = "train",
+    dataset_config: str | None = None,
+    skip_corrupt: bool = False,
+) -> DocumentSource:
+    """Find out what the user named.
+
+    Args:
+        data: ``"python-stdlib"``; a file or a folder, or several; a folder written by ``Dataset.save_to_disk``; or
+            the id of a data set on the hub.
+        text_column: The field or column that holds the text, where there are several.
+        split: For data sets: which split.
+        dataset_config: For hub data sets: which configuration.
+        skip_corrupt: Leave out unreadable records with a warning instead of raising.
+
+    Raises:
+        FileNotFoundError: If a file or folder does not exist, or nothing in a folder can be read.
+        ValueError: If a file is empty or of an unknown kind, or a split does not exist.
+    """
+    if isinstance(data, (str, Path)):
+        path = Path(data).expanduser()
+        if str(data) == STDLIB:
+            return StdlibSource()
+        if path.is_dir() and _is_saved_dataset(path):
+            return DatasetSource(_load_from_disk(path, split), str(path), text_column)
+        if not path.exists() and not _looks_like_path(data):
+            return DatasetSource(_load_from_hub(str(data), dataset_config, split), str(data), text_column)
+        data = [data]
+    files = [file for entry in data for file in _files(Path(entry).expanduser())]
+    name = str(data[0]) if len(data) == 1 else f"{data[0]} and {len(data) - 1} more"
+    return FileSource(files, name, text_column, skip_corrupt)
+
+
+def _files(path: Path) -> list[Path]:
+    kinds = f"text and source files ({', '.join(sorted(_TEXT_SUFFIXES)[:6])}, ...) or {', '.join(sorted(_TABLE_SUFFIXES))}"
+    if path.is_file():
+        if path.stat().st_size == 0:
+            raise ValueError(f"The file {path} is empty. Expected {kinds}.")
+        if _suffix(path) not in _TEXT_SUFFIXES | _TABLE_SUFFIXES:
+            raise ValueError(f"Cannot tell what {path} holds from its name. Expected {kinds}.")
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f"There is no file or folder at {path}. Check the path, or pass a data set id.")
+    visible = (file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts))
+    files = sorted(file for file in visible if file.is_file() and _suffix(file) in _TEXT_SUFFIXES | _TABLE_SUFFIXES)
+    if not any(file.stat().st_size for file in files):
+        raise FileNotFoundError(f"The folder {path} holds nothing to read. Expected {kinds}.")
+    return files
+
+
+def _suffix(path: Path) -> str:
+    """The suffix in lower case; of a compressed file with what it compresses (``.jsonl.gz``)."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in (".gz", ".zst"):
+        return "".join(suffixes[-2:])
+    return suffixes[-1] if suffixes else ""
+
+
+def _open_compressed(path: Path) -> IO[bytes]:
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rb")
+    if path.suffix.lower() == ".zst":
+        try:
+            import zstandard
+        except ImportError as error:
+            raise ImportError(f"Reading {path} needs zstandard: pip install 'lightning-llm[zstd]'.") from error
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(path.open("rb"), closefd=True))
+    return path.open("rb")
+
+
+def _decode(data: bytes, name: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CorruptDataError(
+            f"{name} is not UTF-8 text (byte {error.start}: {error.reason}). Convert it, or pass skip_corrupt=True to "
+            f"leave it out."
+        ) from error
+
+
+def _json_field(column: str, line: bytes, name: str) -> str:
+    try:
+        record = json.loads(_decode(line, name))
+    except json.JSONDecodeError as error:
+        raise CorruptDataError(
+            f"{name} is not valid JSON ({error}). Mend the line, or pass skip_corrupt=True to leave it out."
+        ) from error
+    if not isinstance(record, dict):
+        raise CorruptDataError(f"{name} is not a JSON object with a field {column!r}, but a {type(record).__name__}.")
+    if column not in record:
+        raise _no_column(name, column, sorted(record))
+    return _check_text(column, record[column], name)
+
+
+def _check_text(column: str, value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise CorruptDataError(
+            f"{name}: column {column!r} should hold text, but holds {type(value).__name__}. Pass text_column=..., or "
+            f"skip_corrupt=True to leave such rows out."
+        )
+    return value
+
+
+def _no_column(name: str, column: str, columns: Sequence[str]) -> ValueError:
+    return ValueError(f"{name} has no column {column!r}; its columns are {list(columns)}. Pass text_column=...")
+
+
+def _parquet_column(path: Path, column: str) -> Iterator[Any]:
+    file = pq.ParquetFile(path)
+    if column not in file.schema_arrow.names:
+        raise _no_column(str(path), column, file.schema_arrow.names)
+    for batch in file.iter_batches(columns=[column]):
+        yield from batch.column(0).to_pylist()
+
+
+def _looks_like_path(data: str | Path) -> bool:
+    """Hub ids are 'name' or 'owner/name'; anything with a known ending or more separators is meant as a path."""
+    text = str(data)
+    return (
+        isinstance(data, Path)
+        or text.startswith((".", "/", "~"))
+        or text.count("/") > 1
+        or "\\" in text
+        or _suffix(Path(text)) in _TEXT_SUFFIXES | _TABLE_SUFFIXES
+    )
+
+
+def _is_saved_dataset(path: Path) -> bool:
+    return (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file()
+
+
+def _load_from_disk(path: Path, split: str) -> Any:
+    import datasets
+
+    return _choose_split(datasets.load_from_disk(str(path)), str(path), split)
+
+
+def _load_from_hub(name: str, config: str | None, split: str) -> Any:
+    import datasets
+
+    try:
+        found = datasets.load_dataset(name, config)
+    except (OSError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{name!r} is neither a file or folder here nor a data set that the hub gives ({error}). Check the "
+            f"spelling, the path, and the connection."
+        ) from error
+    return _choose_split(found, name, split)
+
+
+def _choose_split(found: Any, name: str, split: str) -> Any:
+    if not isinstance(found, Mapping):
+        return found
+    if split not in found:
+        raise ValueError(f"{name} has no split {split!r}; its splits are {sorted(found)}.")
+    return found[split]
+
+
+def _stat(path: Path) -> str:
+    stat = path.stat()
+    return f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"

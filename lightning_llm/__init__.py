@@ -1,0 +1,26 @@
+"""Train large language models with PyTorch Lightning: large batches, long sequences, gradient accumulation.
+
+Public names are imported on first use, so that ``import lightning_llm.callbacks`` stays free of transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_llm.duration import Duration
+    from lightning_llm.module import LLMModule
+
+__version__ = "0.1.0"
+__all__ = ["Duration", "LLMModule", "__version__"]
+
+_HOME = {"Duration": "lightning_llm.duration", "LLMModule": "lightning_llm.module"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,142 @@
+"""The command line: ``lightning-llm fit|validate|test|predict --config FILE`` and ``lightning-llm generate``.
+
+Heavy imports wait until a command needs them, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+TRAINER_COMMANDS = {
+    "fit": "train a model",
+    "validate": "evaluate on the validation documents",
+    "test": "evaluate on the test documents",
+    "predict": "score every row of the test documents into predictions.jsonl",
+}
+_USAGE = "lightning-llm {fit,validate,test,predict,generate} ..."
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run a command.
+
+    Args:
+        args: Command-line arguments; those of the process if None.
+    """
+    arguments = list(sys.argv[1:] if args is None else args)
+    command = arguments[0] if arguments else "--help"
+    if command in TRAINER_COMMANDS:
+        _run_trainer(None if args is None else arguments)
+    elif command == "generate":
+        _generate(arguments[1:])
+    elif command in ("-h", "--help"):
+        print(_help())  # noqa: T201
+    elif command == "--version":
+        from lightning_llm import __version__
+
+        print(f"lightning-llm {__version__}")  # noqa: T201
+    else:
+        commands = ", ".join([*TRAINER_COMMANDS, "generate"])
+        sys.exit(f"usage: {_USAGE}\nlightning-llm: error: expected one of {commands}, but got {command!r}.")
+
+
+def _help() -> str:
+    lines = [f"  {name:<10} {text}" for name, text in TRAINER_COMMANDS.items()]
+    return "\n".join(
+        [
+            f"usage: {_USAGE}",
+            "",
+            "Train large language models: large batches, long sequences, gradient accumulation.",
+            "",
+            "commands:",
+            *lines,
+            "  generate   continue a prompt with a trained model",
+            "",
+            "`lightning-llm COMMAND --help` lists the arguments of a command; each can stand in a YAML file (--config).",
+        ]
+    )
+
+
+def _run_trainer(arguments: list[str] | None) -> None:
+    from lightning.pytorch.cli import LightningCLI
+
+    from transformers.utils.logging import disable_progress_bar
+
+    from lightning_llm.datamodules import TextDataModule
+    from lightning_llm.module import LLMModule
+
+    disable_progress_bar()  # of reading and writing weights: they would cut through the Trainer's
+
+    class TrainingCLI(LightningCLI):
+        def after_predict(self) -> None:
+            """Write what ``predict`` returned."""
+            path = write_predictions(self.trainer)
+            if path is not None:
+                print(f"predictions  {path}")  # noqa: T201
+
+    TrainingCLI(
+        LLMModule,
+        TextDataModule,
+        args=arguments,
+        auto_configure_optimizers=False,
+        parser_kwargs={"prog": "lightning-llm"},
+        save_config_kwargs={"overwrite": True},
+    )
+
+
+def write_predictions(trainer: Any) -> Path | None:
+    """Write the scores of ``Trainer.predict`` as jsonl: a line per row with ``row_id``, ``nll``, ``num_tokens``.
+
+    Returns:
+        The file, in the logger's folder; None on ranks other than 0.
+    """
+    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    if trainer.world_size > 1:
+        raise ValueError("`predict` gathers the rows of one process. Run it with --trainer.devices 1.")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "predictions.jsonl"
+    with path.open("w") as file:
+        for batch in trainer.predict_loop.predictions or []:
+            columns = {("row_id" if key == "row_ids" else key): value.tolist() for key, value in batch.items()}
+            for values in zip(*columns.values(), strict=True):
+                file.write(json.dumps(dict(zip(columns, values, strict=True))) + "\n")
+    return path
+
+
+def _generate(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "lightning-llm generate",
+        description="Continue a prompt with a Hugging Face model folder, such as HuggingFaceCheckpoint writes.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, help="model folder, or hub id")
+    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--max_new_tokens", type=int, default=100, help="tokens to add at most")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token each time")
+    parser.add_argument("--top_p", type=float, default=0.95, help="sample from this much of the probability")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run model code that comes with the model")
+    options = parser.parse_args(arguments)
+    if options.max_new_tokens < 1 or options.temperature < 0 or not 0 < options.top_p <= 1:
+        parser.error("--max_new_tokens must be 1 or more, --temperature 0 or more, --top_p above 0 and at most 1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from lightning_llm.generation import continue_text
+
+    try:
+        text = continue_text(
+            options.model,
+            options.prompt,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            seed=options.seed,
+            trust_remote_code=options.trust_remote_code,
+        )
+    except (FileNotFoundError, OSError) as error:
+        sys.exit(f"lightning-llm generate: error: {error}")
+    print(text)  # noqa: T201

@@ -1,0 +1,98 @@
+"""The loss of an optimizer step is a sum over label tokens; every mean is taken once, by who knows the count.
+
+Hugging Face's ``labels`` are unshifted: ``labels[:, t]`` is the id of the token *at* position t, and -100 marks a
+position that is no target. The prediction of that token stands one position earlier. The shift is made here,
+in :func:`shift_labels`, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (torch's own convention)
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss is NaN or infinite; the weights were not touched by it."""
+
+
+class TokenLoss(NamedTuple):
+    """A summed loss and what it was summed over.
+
+    Attributes:
+        total: Negative log-likelihood in nats, summed over the label tokens; shape (), float32 or float64.
+        num_tokens: Number of label tokens; shape (), int64.
+    """
+
+    total: Tensor
+    num_tokens: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """Nats per label token, shape (); 0 with a graph where there is no label token."""
+        return self.total / self.num_tokens.clamp(min=1)
+
+
+def shift_labels(labels: Tensor) -> Tensor:
+    """Align unshifted labels with the predictions: position t gets the label of position t + 1.
+
+    Args:
+        labels: (batch, seq) int64, Hugging Face's convention.
+
+    Returns:
+        (batch, seq) int64; the last position predicts nothing and holds -100.
+
+    Example:
+        >>> shift_labels(torch.tensor([[5, 6, -100, 8]]))
+        tensor([[   6, -100,    8, -100]])
+    """
+    return F.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
+
+
+def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-likelihood of each label token, -log softmax(logits[b, t])[labels[b, t + 1]].
+
+    Args:
+        logits: (batch, seq, vocab), any float type; half types are computed in float32.
+        labels: (batch, seq) int64, unshifted, -100 where there is no target.
+
+    Returns:
+        (batch, seq) in nats, float32 (float64 for float64 logits), at the position of the *prediction*;
+        0 where there is no target.
+    """
+    targets = shift_labels(labels)
+    return F.cross_entropy(
+        _accumulation_dtype(logits).flatten(0, -2), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+    ).view(targets.shape)
+
+
+def token_cross_entropy(logits: Tensor, labels: Tensor) -> TokenLoss:
+    r"""Cross-entropy summed over the label tokens, :math:`\sum_t -\log p(\mathrm{label}_t)`.
+
+    A batch without a label token has loss 0 and zero gradients, so that every rank runs the same backward.
+
+    Args:
+        logits: (batch, seq, vocab), any float type; half types are computed in float32.
+        labels: (batch, seq) int64, unshifted, -100 where there is no target.
+
+    Returns:
+        The sum in nats and the number of label tokens, both of shape ().
+
+    Example:
+        >>> loss = token_cross_entropy(torch.zeros(1, 3, 4), torch.tensor([[0, 1, -100]]))
+        >>> round(loss.total.item(), 4), loss.num_tokens.item()  # log 4: one target, four equal choices
+        (1.3863, 1)
+    """
+    targets = shift_labels(labels).flatten()
+    total = F.cross_entropy(
+        _accumulation_dtype(logits).flatten(0, -2), targets, ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+    return TokenLoss(total, (targets != IGNORE_INDEX).sum())
+
+
+def _accumulation_dtype(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()

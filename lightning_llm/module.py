@@ -1,0 +1,376 @@
+"""The LightningModule around a Hugging Face model: loss, metrics, optimizer, and nothing that a Trainer owns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L  # noqa: N812 (Lightning's own convention)
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, PretrainedConfig
+
+from lightning_llm.duration import Duration
+from lightning_llm.loss import NonFiniteLossError, TokenLoss
+from lightning_llm.optimizers import make_adamw, make_schedule
+from lightning_llm.pretrained import build_model, max_positions, resolve_config, resolve_dtype
+from lightning_llm.sharding import build_sharded
+from lightning_llm.tasks import TASKS
+
+
+class _MicroBatch(NamedTuple):
+    """What the optimizer step has to remember of a micro-batch whose gradient has been added."""
+
+    batch_idx: int
+    row_ids: Any
+    loss: TokenLoss
+
+
+class LLMModule(L.LightningModule):
+    """A Hugging Face language model to train, validate, test and predict with in any Lightning Trainer.
+
+    ``training_step`` takes Hugging Face batches (``input_ids``, ``attention_mask``, ``position_ids``, unshifted
+    ``labels``; each (batch, seq)) and returns ``{"loss": mean over label tokens, "num_tokens": how many}``.
+
+    Logged: ``train/loss`` (token mean over the whole optimizer step and all ranks), ``val/loss``,
+    ``val/perplexity``, ``val/bits_per_byte`` (where batches carry ``num_bytes``), the same under ``test/``.
+
+    Args:
+        model: A hub id or local folder (pretrained weights), a mapping with ``model_type`` and the fields of a
+            transformers configuration (random weights), a ``PretrainedConfig`` (random weights), or a built model.
+        task: What is trained; ``causal-lm``.
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: Decoupled weight decay of matrices; biases, norms and other vectors do not decay.
+        betas: Decay rates of AdamW's two averages.
+        eps: AdamW's epsilon.
+        lr_schedule: Name of a transformers schedule: ``linear``, ``cosine``, ``constant``, ``cosine_with_min_lr``,
+            ``warmup_stable_decay``, ``inverse_sqrt``, ...
+        warmup: Length of the warm-up: ``"500 steps"`` or 500, ``"2M tokens"``, ``"5%"`` or 0.05 of the run.
+        lr_schedule_options: Further options of the schedule, for instance ``{"min_lr_rate": 0.1}``.
+        gradient_checkpointing: Recompute each layer's activations in backward instead of keeping them.
+        attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, ...; transformers' choice if None.
+        dtype: Type of the parameters; if None, what the Trainer's ``precision`` asks for (float32 for mixed).
+        trust_remote_code: Run model code that comes with the hub repository or folder. Off unless asked for.
+
+    Raises:
+        ValueError: For an unknown task, schedule, duration or configuration field.
+        FileNotFoundError: For a model folder that does not exist or holds no weights.
+
+    Example:
+        >>> tiny = {"model_type": "gpt2", "vocab_size": 32, "n_embd": 8, "n_layer": 1, "n_head": 2}
+        >>> module = LLMModule(tiny, learning_rate=1e-3, warmup="10 steps")
+        >>> module.configure_model()  # the Trainer does this
+        >>> batch = {"input_ids": torch.tensor([[1, 2, 3]]), "labels": torch.tensor([[1, 2, 3]])}
+        >>> module.training_step(batch, 0)["num_tokens"]
+        tensor(2)
+    """
+
+    def __init__(
+        self,
+        model: str | Path | dict[str, Any] | PretrainedConfig | nn.Module,
+        task: str = "causal-lm",
+        learning_rate: float = 3e-4,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        lr_schedule: str = "cosine",
+        warmup: str | int | float = "2%",
+        lr_schedule_options: dict[str, Any] | None = None,
+        gradient_checkpointing: bool = False,
+        attn_implementation: str | None = None,
+        dtype: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        if model is None:
+            raise ValueError(
+                "`model` is missing. A checkpoint of a model that was passed in built (a PeftModel, say) does not "
+                "hold its architecture: LLMModule.load_from_checkpoint(path, model=the same model, built again)."
+            )
+        if task not in TASKS:
+            raise ValueError(f"`task` must be one of {', '.join(TASKS)}, but got {task!r}.")
+        self.save_hyperparameters(ignore=["model"])
+        self.task = TASKS[task]()
+        self.source = model
+        self.config = resolve_config(model, trust_remote_code=trust_remote_code)
+        self.model: nn.Module | None = model if isinstance(model, nn.Module) else None
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.betas = betas
+        self.eps = eps
+        self.lr_schedule = lr_schedule
+        self.warmup = Duration.parse(warmup)
+        self.lr_schedule_options = lr_schedule_options
+        self.gradient_checkpointing = gradient_checkpointing
+        self.attn_implementation = attn_implementation
+        self.dtype_name = dtype
+        self.trust_remote_code = trust_remote_code
+        self.val_metrics = self.task.metrics()
+        self.test_metrics = self.task.metrics()
+        self.tokens_seen = 0
+        self._window: list[_MicroBatch] = []
+        self._prepared = False
+
+    # ---- the model -----------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Check the model against the data module, before anything large is built."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        tokenizer = getattr(datamodule, "tokenizer", None)
+        if tokenizer is not None:
+            self._check_vocabulary(tokenizer)
+        length = getattr(datamodule, "max_length", None)
+        if length is not None:
+            self._check_length(length, "the data module's `max_length`")
+
+    def configure_model(self) -> None:
+        """Build the model where the strategy wants it: sharded over its device mesh, else whole on the host."""
+        if self._prepared:
+            return
+        dtype = resolve_dtype(self.dtype_name)
+
+        def build(load_weights: bool) -> nn.Module:
+            return build_model(
+                self.source,
+                self.config,
+                self.task.auto_class,
+                dtype=dtype,
+                attn_implementation=self.attn_implementation,
+                trust_remote_code=self.trust_remote_code,
+                load_weights=load_weights,
+            )
+
+        if self.device_mesh is not None:
+            self.model = build_sharded(build, self._data_parallel_mesh(), self._root_device(), self._prepare_layers)
+        else:
+            with torch.device("cpu"):  # the same random weights for a seed on every accelerator
+                self.model = build(True)
+            self._prepare_layers(self.model)
+        self._prepared = True
+
+    def forward(self, **inputs: Any) -> Any:
+        """Call the wrapped model."""
+        return self._built()(**inputs)
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
+        """Continue sequences with the model's own ``generate``, in evaluation mode.
+
+        Args:
+            input_ids: (batch, seq) int64.
+            **options: As in transformers: ``max_new_tokens``, ``do_sample``, ``temperature``, ``top_p``, ...
+
+        Returns:
+            (batch, seq + new) int64.
+        """
+        self.configure_model()
+        model: Any = self._built()
+        was_training = model.training
+        model.eval()
+        try:
+            tokens: Tensor = model.generate(input_ids, **options)
+        finally:
+            model.train(was_training)
+        return tokens
+
+    # ---- training ------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """Mean loss over the batch's label tokens (nats), and their number."""
+        loss = self._loss(batch)
+        detached = TokenLoss(loss.total.detach(), loss.num_tokens)
+        self._micro_batch = _MicroBatch(batch_idx, batch.get("row_ids"), detached)
+        return {"loss": loss.mean, "num_tokens": loss.num_tokens}
+
+    def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
+        """Forget an accumulation window that was left unfinished: a new one starts."""
+        self._window.clear()
+
+    def on_after_backward(self) -> None:
+        """Count the micro-batch, now that its gradient is there."""
+        self._window.append(self._micro_batch)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Sum the step's loss and tokens over micro-batches and ranks; stop before a NaN reaches the weights.
+
+        One small all-reduce and one host synchronisation per optimizer step, none per micro-batch.
+        """
+        if not self._window:
+            return
+        exact = torch.float32 if self.device.type == "mps" else torch.float64
+        totals = torch.stack([micro.loss.total for micro in self._window]).to(exact)
+        tokens = torch.stack([micro.loss.num_tokens for micro in self._window]).to(exact)
+        bad = ~totals.isfinite()
+        sums = torch.stack([totals.sum(), tokens.sum(), bad.sum().to(exact)])
+        total, num_tokens, num_bad = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        if num_bad:
+            raise NonFiniteLossError(self._describe_bad(bad.tolist(), totals.tolist()))
+        self._window.clear()
+        self.tokens_seen += int(num_tokens)
+        if num_tokens:
+            self.log("train/loss", total / num_tokens, prog_bar=True, batch_size=1)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW, and the schedule stepped once per optimizer step."""
+        optimizer = make_adamw(
+            self._built(),
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            betas=self.betas,
+            eps=self.eps,
+        )
+        schedule = make_schedule(
+            self.lr_schedule,
+            optimizer,
+            total_steps=self._total_steps(),
+            warmup=self.warmup,
+            tokens_seen=lambda: self.tokens_seen,
+            options=self.lr_schedule_options,
+        )
+        by_metric = isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {
+                "scheduler": schedule,
+                "interval": "epoch" if by_metric else "step",
+                "monitor": "val/loss" if by_metric else None,
+            },
+        }
+
+    # ---- evaluation ----------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """Add the batch to the validation metrics."""
+        self.val_metrics.update(self._loss(batch), num_bytes=batch.get("num_bytes"))
+
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """Add the batch to the test metrics."""
+        self.test_metrics.update(self._loss(batch), num_bytes=batch.get("num_bytes"))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/loss``, ``val/perplexity``, ``val/bits_per_byte``."""
+        self._log_metrics("val", self.val_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/loss``, ``test/perplexity``, ``test/bits_per_byte``."""
+        self._log_metrics("test", self.test_metrics)
+
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """Score each row: ``nll`` in nats and ``num_tokens``, each (batch,), with the batch's ``row_ids``."""
+        scores = self.task.score(self._built(), batch)
+        if "row_ids" in batch:
+            scores["row_ids"] = batch["row_ids"]
+        return scores
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the tokens seen, and the architecture, so that loading needs neither the hub nor the folder."""
+        checkpoint["tokens_seen"] = self.tokens_seen
+        checkpoint["hyper_parameters"]["model"] = self._model_hyper_parameter()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the tokens seen."""
+        self.tokens_seen = checkpoint.get("tokens_seen", 0)
+
+    # ---- details -------------------------------------------------------------------------------------------------
+
+    def _built(self) -> nn.Module:
+        if self.model is None:
+            raise RuntimeError("The model is not built yet: the Trainer builds it, or call `configure_model()` first.")
+        return self.model
+
+    def _loss(self, batch: Mapping[str, Any]) -> TokenLoss:
+        input_ids = batch.get("input_ids")
+        if isinstance(input_ids, Tensor):
+            self._check_length(input_ids.shape[-1], "a batch")
+        return self.task.loss(self._built(), batch)
+
+    def _check_length(self, length: int, where: str) -> None:
+        limit = max_positions(self.config)
+        if limit is not None and length > limit:
+            raise ValueError(
+                f"The model has {limit} positions (max_position_embeddings), but {where} has {length} tokens. Lower "
+                f"the data module's `max_length`, or choose a model with more positions."
+            )
+
+    def _check_vocabulary(self, tokenizer: Any) -> None:
+        vocab_size = self.config.get_text_config().vocab_size
+        if len(tokenizer) > vocab_size:
+            raise ValueError(
+                f"The tokenizer has {len(tokenizer)} tokens, but the model's vocabulary only {vocab_size} "
+                f"(vocab_size). Use the model's own tokenizer, set `vocab_size: {len(tokenizer)}` in the model's "
+                f"configuration, or call `model.resize_token_embeddings({len(tokenizer)})` and pass the built model."
+            )
+        if isinstance(self.source, (dict, PretrainedConfig)):  # random weights: the special tokens are the tokenizer's
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                setattr(self.config, name, getattr(tokenizer, name, None))
+
+    def _prepare_layers(self, model: nn.Module) -> None:
+        if self.gradient_checkpointing:
+            # transformers renames the method; what the new one takes by default, the old one must be told
+            enable: Any = getattr(model, "activation_checkpointing_enable", None)
+            if enable is not None:
+                enable()
+            else:
+                old: Any = model.gradient_checkpointing_enable
+                old(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def _root_device(self) -> torch.device:
+        return self.trainer.strategy.root_device
+
+    def _data_parallel_mesh(self) -> Any:
+        mesh = self.device_mesh
+        assert mesh is not None
+        if isinstance(self.source, nn.Module):
+            raise ValueError(
+                "A sharded strategy builds the model itself, on the meta device. Pass a hub id, a folder or a "
+                "configuration to LLMModule instead of a built model."
+            )
+        if mesh.mesh_dim_names and "tensor_parallel" in mesh.mesh_dim_names and mesh["tensor_parallel"].size() > 1:
+            raise ValueError(
+                "LLMModule shards parameters over the data-parallel ranks; it does not split layers. Use "
+                "ModelParallelStrategy(tensor_parallel_size=1)."
+            )
+        return mesh["data_parallel"] if mesh.mesh_dim_names else mesh
+
+    def _total_steps(self) -> float:
+        """Optimizer steps of the run; infinite if no limit is set."""
+        steps = self.trainer.estimated_stepping_batches
+        return float("inf") if steps < 0 else float(steps)
+
+    def _log_metrics(self, stage: str, metrics: Any) -> None:
+        values = metrics.compute()
+        metrics.reset()
+        self.log_dict(
+            {f"{stage}/{name}": value for name, value in values.items()},
+            prog_bar=stage == "val",
+            sync_dist=True,  # already equal on all ranks; said so that Lightning does not warn
+            batch_size=1,
+        )
+
+    def _describe_bad(self, bad: list[bool], totals: list[float]) -> str:
+        where = "on another rank"
+        for micro, is_bad, total in zip(self._window, bad, totals, strict=True):
+            if is_bad:
+                ids = micro.row_ids.tolist() if isinstance(micro.row_ids, Tensor) else micro.row_ids
+                value = "nan" if math.isnan(total) else "infinite"
+                rows = f"row_ids {ids}" if ids is not None else "no `row_ids` in the batch"
+                where = f"{value} in batch {micro.batch_idx} of rank {self.global_rank} ({rows})"
+                break
+        return (
+            f"The loss is not finite at optimizer step {self.global_step}, epoch {self.current_epoch}: {where}. The "
+            f"step was not applied and the checkpoints written before it are good. Look at those rows; else lower "
+            f"the learning rate, lengthen the warm-up, clip gradients (Trainer(gradient_clip_val=1.0)), or use "
+            f"bfloat16 instead of float16."
+        )
+
+    def _model_hyper_parameter(self) -> dict[str, Any] | None:
+        config = self.config
+        is_plain = not isinstance(self.source, nn.Module) or type(self.source).__module__.startswith("transformers.")
+        if is_plain and config.model_type in CONFIG_MAPPING:
+            return config.to_dict()
+        return None

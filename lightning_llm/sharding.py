@@ -1,0 +1,65 @@
+"""Fully sharded data parallelism (FSDP2) for a transformers model, without a full copy on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+
+
+def build_sharded(
+    build: Callable[[bool], nn.Module], mesh: DeviceMesh, device: torch.device, prepare: Callable[[nn.Module], None]
+) -> nn.Module:
+    """Build on the meta device, shard, and fill the shards from the one full model that rank 0 holds in host memory.
+
+    The weights are those of an unsharded run with the same seed, random or pretrained: only rank 0 draws or reads
+    them.
+
+    Args:
+        build: Called with True for the model with its weights, with False for its architecture only.
+        mesh: One-dimensional mesh of the data-parallel ranks.
+        device: Where this rank's shards live.
+        prepare: Changes made to the module tree before sharding, on every rank (gradient checkpointing).
+
+    Returns:
+        The model, its parameters DTensors on ``device``.
+    """
+    is_source = dist.get_rank() == 0
+    with torch.device("cpu"):
+        full = build(True) if is_source else None
+    with torch.device("meta"):
+        model = build(False)
+    prepare(model)
+    shard_layers(model, mesh)
+    model.to_empty(device=device)
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()  # to_empty gives each module a tensor of its own
+    weights = full.state_dict() if full is not None else {}
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    _broadcast_buffers(model, full)
+    return model
+
+
+def shard_layers(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Make each of the model's repeated layers a sharded unit, then the rest of the model one more."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    for module in model.modules():
+        if type(module).__name__ in names:
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def _broadcast_buffers(model: nn.Module, full: nn.Module | None) -> None:
+    """Copy rank 0's buffers; many (rotary frequencies) are computed at construction and in no state dict."""
+    source = dict(full.named_buffers()) if full is not None else {}
+    for name, buffer in model.named_buffers():
+        if full is not None:
+            buffer.copy_(source[name])
+        tensor: Tensor = buffer.contiguous()
+        dist.broadcast(tensor, src=0)
+        buffer.copy_(tensor)

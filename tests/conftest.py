@@ -1,0 +1,82 @@
+"""Shared fixtures: tiny models, tiny data, and several processes with a time limit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import TINY_GPT2, TINY_LLAMA
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROOT = Path(__file__).parents[1]
+
+@pytest.fixture
+def tiny_gpt2() -> dict[str, Any]:
+    return dict(TINY_GPT2)
+
+
+@pytest.fixture
+def tiny_llama() -> dict[str, Any]:
+    return dict(TINY_LLAMA)
+
+
+@pytest.fixture
+def quiet_trainer(tmp_path: Path) -> Callable[..., Any]:
+    """Make a Trainer that writes nothing outside the test's folder."""
+    import lightning as L  # noqa: N812
+
+    def make(**options: Any) -> L.Trainer:
+        defaults = {
+            "accelerator": "cpu",
+            "devices": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "default_root_dir": tmp_path,
+            "log_every_n_steps": 1,
+        }
+        return L.Trainer(**{**defaults, **options})
+
+    return make
+
+
+@pytest.fixture
+def run_ranks(tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
+    """Run ``tests/workers/<script>.py`` in several processes under torchrun; return what each rank wrote.
+
+    A worker gets a folder and options, and writes ``rank<N>.json``. All processes are killed at the time limit.
+    """
+
+    def run(script: str, world_size: int, time_limit: float = 120, **options: Any) -> list[dict[str, Any]]:
+        folder = tmp_path / f"{script}-{world_size}"
+        folder.mkdir(exist_ok=True)
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
+        worker = [str(ROOT / "tests" / "workers" / f"{script}.py"), str(folder), json.dumps(options)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        process = subprocess.Popen(
+            [sys.executable, *torchrun, *worker],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+            text=True,
+        )
+        try:
+            output, _ = process.communicate(timeout=time_limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+            pytest.fail(f"{script} with {world_size} ranks hung for {time_limit} s:\n{output[-4000:]}")
+        assert process.returncode == 0, f"{script} failed:\n{output[-6000:]}"
+        return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world_size)]
+
+    return run

@@ -37,7 +37,7 @@ def best_fit_decreasing(lengths: npt.ArrayLike, capacity: int) -> tuple[Int64Arr
         raise ValueError(f"Item lengths must lie in 1..{capacity}, but got {sizes.min()}..{sizes.max()}.")
     order = np.argsort(-sizes, kind="stable")
     distinct, run_starts = np.unique(-sizes[order], return_index=True)
-    run_ends = np.append(run_starts[1:], len(sizes))
+    run_ends = np.append(run_starts, len(sizes))[1:]
     bin_of = np.empty(len(sizes), np.int64)  # in sorted order
     bins_with_space: dict[int, list[Int64Array]] = {}
     spaces = 0  # bit r is set where some bin has r free: `(spaces >> size)` lowest bit is the best fit

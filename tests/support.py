@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+
+from lightning_llm.datamodules.rows import RowDataset, make_rows
+from lightning_llm.datamodules.token_store import TokenStore
 
 TINY_GPT2 = {
     "model_type": "gpt2",
@@ -51,3 +55,23 @@ def pad_rows(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         "labels": pad([row["labels"] for row in rows], batch_first=True, padding_value=-100),
         "attention_mask": pad([torch.ones_like(x) for x in ids], batch_first=True),
     }
+
+
+def store_of(lengths: list[int], vocab_size: int = 50, seed: int = 0) -> TokenStore:
+    """A token store in memory, of random tokens."""
+    rng = np.random.default_rng(seed)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    tokens = rng.integers(1, vocab_size, int(offsets[-1])).astype(np.uint16)
+    token_bytes = rng.integers(1, 9, vocab_size).astype(np.float64)
+    num_bytes = np.array([token_bytes[tokens[a:b]].sum() for a, b in zip(offsets[:-1], offsets[1:], strict=True)])
+    return TokenStore(tokens, offsets, num_bytes.astype(np.int64), token_bytes)
+
+
+def dataset_of(
+    lengths: list[int], max_length: int, windowing: Any, stride: int | None = None, documents: Any = None
+) -> RowDataset:
+    """Rows of random documents of these lengths."""
+    store = store_of(lengths)
+    numbers = np.arange(len(lengths)) if documents is None else np.array(documents)
+    table = make_rows(store.offsets, numbers, max_length, windowing, stride)
+    return RowDataset(store, table, pad_token_id=0, token_bytes=store.token_bytes)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import lightning as L  # noqa: N812
 import numpy as np
 import torch
+from torch import nn
 
 from lightning_llm.datamodules.rows import RowDataset, make_rows
 from lightning_llm.datamodules.token_store import TokenStore
@@ -75,3 +77,17 @@ def dataset_of(
     numbers = np.arange(len(lengths)) if documents is None else np.array(documents)
     table = make_rows(store.offsets, numbers, max_length, windowing, stride)
     return RowDataset(store, table, pad_token_id=0, token_bytes=store.token_bytes)
+
+
+class Plain(L.LightningModule):
+    """Knows nothing of tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch[0]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L  # noqa: N812 (Lightning's own convention)
+import lightning as L
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
@@ -150,12 +150,18 @@ def _gathered_weights(model: Any) -> dict[str, torch.Tensor] | None:
     """The whole state dict on rank 0 if parameters are sharded (all ranks take part); None if they are whole."""
     if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return None
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    weights: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return dict(weights)
 
 
 @rank_zero_only
 def write_folder(
-    model: Any, weights: dict[str, torch.Tensor] | None, tokenizer: Any, dirpath: Path, step: int, links: list[str]
+    model: Any,
+    weights: dict[str, torch.Tensor] | None,
+    tokenizer: Any,
+    dirpath: Path,
+    step: int,
+    links: list[str],
 ) -> Path:
     """Write ``dirpath/step-<step>``, let the links point to it, remove folders that no link names.
 
@@ -192,7 +198,9 @@ def write_folder(
 def _point(link: Path, target: str) -> None:
     """Make ``link`` name ``target`` in one step: a reader finds the old folder or the new one."""
     if link.exists() and not link.is_symlink():
-        raise FileExistsError(f"{link} is in the way: HuggingFaceCheckpoint keeps a link there. Move it, or set dirpath.")
+        raise FileExistsError(
+            f"{link} is in the way: HuggingFaceCheckpoint keeps a link there. Move it, or set dirpath."
+        )
     fresh = link.with_name(f".{link.name}.new")
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(target, target_is_directory=True)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import lightning as L  # noqa: N812 (Lightning's own convention)
+import lightning as L
 import torch
 from torch import Tensor
 
@@ -95,6 +95,7 @@ class TokenThroughput(L.Callback):
         self.peak_flops = peak_flops
         self.total_tokens = 0
         self._trainer: L.Trainer | None = None
+        self._paused_at: float | None = None
         self._last_step = 0
         self._model_flops = 0.0
         self._clear()
@@ -117,10 +118,8 @@ class TokenThroughput(L.Callback):
         self._add(count, trainer.strategy.root_device)
         if self.peak_flops:
             self._model_flops += self._flops_per_token(pl_module, batch) * count.positions
-        every = self.every_n_steps or trainer.log_every_n_steps or 1
-        if trainer.global_step - self._last_step >= every or (
-            trainer.global_step > self._last_step and trainer.global_step % every == 0
-        ):
+        every = self.every_n_steps or max(getattr(trainer, "log_every_n_steps", 1), 1)
+        if trainer.global_step > self._last_step and trainer.global_step % every == 0:
             self._log(trainer, pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -155,7 +154,7 @@ class TokenThroughput(L.Callback):
         self._positions = 0
         self._model_flops = 0.0
         self._started_at = time.perf_counter()
-        self._paused_at: float | None = None
+        self._paused_at = None
 
     def _add(self, count: TokenCount, device: torch.device) -> None:
         exact = torch.float32 if device.type == "mps" else torch.float64

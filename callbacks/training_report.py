@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lightning as L  # noqa: N812 (Lightning's own convention)
+import lightning as L
 
 History = dict[str, list[tuple[int, float]]]
 
@@ -64,7 +64,7 @@ class TrainingReport(L.Callback):
         """Note the training metrics as often as they are logged."""
         step = trainer.global_step
         seen = self.history.get("learning_rate")
-        if step and step % max(trainer.log_every_n_steps, 1) == 0 and not (seen and seen[-1][0] == step):
+        if step and step % max(getattr(trainer, "log_every_n_steps", 1), 1) == 0 and not (seen and seen[-1][0] == step):
             metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
             self._note(step, {name: value for name, value in metrics.items() if not name.startswith("val/")})
             if trainer.optimizers:
@@ -87,7 +87,7 @@ class TrainingReport(L.Callback):
         path.parent.mkdir(parents=True, exist_ok=True)
         plot_history(self.history, path, zlib_bits_per_byte=reference)
         seconds = time.perf_counter() - self._started_at
-        print(self._text(trainer, path, reference, seconds), flush=True)  # noqa: T201
+        print(self._text(trainer, path, reference, seconds), flush=True)
 
     def state_dict(self) -> dict[str, Any]:
         """What has been noted, so that a resumed run draws the whole of it."""
@@ -107,7 +107,11 @@ class TrainingReport(L.Callback):
         lines = [f"\nTraining report: {trainer.global_step:,} optimizer steps in {seconds:.0f} s"]
         for name, points in sorted(self.history.items()):
             if name.startswith(("val/", "train/loss", "train/tokens_per_s", "train/global_batch", "train/mfu")):
-                note = f"   (zlib -9 on the same text: {reference:.2f})" if name == "val/bits_per_byte" and reference else ""
+                note = (
+                    f"   (zlib -9 on the same text: {reference:.2f})"
+                    if name == "val/bits_per_byte" and reference
+                    else ""
+                )
                 lines.append(f"  {name:<26} {_number(points[-1][1])}{note}")
         lines += [f"  {name:<26} {path}" for name, path in {**_paths(trainer), "plot": str(picture)}.items()]
         return "\n".join(lines)

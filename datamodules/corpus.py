@@ -6,7 +6,15 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-_SKIPPED_FOLDERS = {"test", "tests", "idle_test", "pydoc_data", "site-packages", "dist-packages", "__pycache__"}
+_SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "idle_test",
+    "pydoc_data",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+}
 
 
 def stdlib_files() -> list[Path]:
@@ -18,6 +26,6 @@ def stdlib_files() -> list[Path]:
 
 def manual_topics() -> Iterator[tuple[str, str]]:
     """(name, text) of the language reference's topics, as ``help()`` shows them."""
-    from pydoc_data.topics import topics  # type: ignore[import-untyped]
+    from pydoc_data.topics import topics
 
     yield from sorted(topics.items())

@@ -64,7 +64,11 @@ class RowTable:
 
 
 def make_rows(
-    offsets: Int64Array, documents: Int64Array, max_length: int, windowing: Windowing, stride: int | None = None
+    offsets: Int64Array,
+    documents: Int64Array,
+    max_length: int,
+    windowing: Windowing,
+    stride: int | None = None,
 ) -> RowTable:
     """Lay documents out in rows.
 
@@ -84,9 +88,7 @@ def make_rows(
     if windowing == "documents":
         kept = np.minimum(lengths, max_length)
         rows = np.arange(len(documents) + 1)
-        return RowTable(
-            windowing, max_length, rows, first, kept, np.zeros_like(kept), int((lengths - kept).sum())
-        )
+        return RowTable(windowing, max_length, rows, first, kept, np.zeros_like(kept), int((lengths - kept).sum()))
     if windowing == "windows":
         table = window_table(lengths, max_length, stride)
         rows = np.arange(len(table.document) + 1)
@@ -110,7 +112,11 @@ class RowDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
     """
 
     def __init__(
-        self, store: TokenStore, table: RowTable, pad_token_id: int, token_bytes: npt.NDArray[np.float64] | None = None
+        self,
+        store: TokenStore,
+        table: RowTable,
+        pad_token_id: int,
+        token_bytes: npt.NDArray[np.float64] | None = None,
     ) -> None:
         self.store = store
         self.table = table

@@ -26,9 +26,64 @@ log = logging.getLogger(__name__)
 STDLIB = "python-stdlib"
 
 _TEXT_SUFFIXES = frozenset(
-    ".txt .text .md .markdown .rst .tex .html .xml .css .yaml .yml .toml .ini .cfg .sql .sh .py .pyi "
-    ".c .h .cc .cpp .cxx .hpp .cu .cs .java .kt .scala .go .rs .js .jsx .ts .tsx .rb .php .pl .lua .r .jl .swift .hs "
-    ".ml .ex .erl .clj .lisp .el .vim .f90 .m .asm .s .proto .cmake".split()
+    [
+        ".txt",
+        ".text",
+        ".md",
+        ".markdown",
+        ".rst",
+        ".tex",
+        ".html",
+        ".xml",
+        ".css",
+        ".yaml",
+        ".yml",
+        ".toml",
+        ".ini",
+        ".cfg",
+        ".sql",
+        ".sh",
+        ".py",
+        ".pyi",
+        ".c",
+        ".h",
+        ".cc",
+        ".cpp",
+        ".cxx",
+        ".hpp",
+        ".cu",
+        ".cs",
+        ".java",
+        ".kt",
+        ".scala",
+        ".go",
+        ".rs",
+        ".js",
+        ".jsx",
+        ".ts",
+        ".tsx",
+        ".rb",
+        ".php",
+        ".pl",
+        ".lua",
+        ".r",
+        ".jl",
+        ".swift",
+        ".hs",
+        ".ml",
+        ".ex",
+        ".erl",
+        ".clj",
+        ".lisp",
+        ".el",
+        ".vim",
+        ".f90",
+        ".m",
+        ".asm",
+        ".s",
+        ".proto",
+        ".cmake",
+    ]
 )
 _TABLE_SUFFIXES = frozenset({".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"})
 
@@ -195,7 +250,9 @@ def open_source(
 
 
 def _files(path: Path) -> list[Path]:
-    kinds = f"text and source files ({', '.join(sorted(_TEXT_SUFFIXES)[:6])}, ...) or {', '.join(sorted(_TABLE_SUFFIXES))}"
+    kinds = (
+        f"text and source files ({', '.join(sorted(_TEXT_SUFFIXES)[:6])}, ...) or {', '.join(sorted(_TABLE_SUFFIXES))}"
+    )
     if path.is_file():
         if path.stat().st_size == 0:
             raise ValueError(f"The file {path} is empty. Expected {kinds}.")

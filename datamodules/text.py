@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L  # noqa: N812 (Lightning's own convention)
+import lightning as L
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +18,13 @@ from lightning_llm.datamodules.order import selected
 from lightning_llm.datamodules.rows import RowDataset, RowTable, Windowing, make_rows
 from lightning_llm.datamodules.sources import STDLIB, DocumentSource, open_source
 from lightning_llm.datamodules.token_store import FORMAT_VERSION, TokenStore, build_store
-from lightning_llm.datamodules.tokenizer import byte_tokenizer, encoder, load_tokenizer, token_bytes, train_bpe
+from lightning_llm.datamodules.tokenizer import (
+    byte_tokenizer,
+    encoder,
+    load_tokenizer,
+    token_bytes,
+    train_bpe,
+)
 from lightning_llm.datamodules.windows import Int64Array
 
 _MAX_REFERENCE_BYTES = 1 << 25
@@ -71,7 +77,7 @@ class TextDataModule(L.LightningDataModule):
     def __init__(
         self,
         data: str | list[str] = STDLIB,
-        tokenizer: str | PreTrainedTokenizerBase = "bpe",
+        tokenizer: str | Any = "bpe",  # Any: a PreTrainedTokenizerBase; the help would list every subclass
         max_length: int = 1024,
         windowing: Windowing = "packed",
         micro_batch_size: int = 8,
@@ -99,7 +105,10 @@ class TextDataModule(L.LightningDataModule):
         super().__init__()
         if max_length < 2:
             raise ValueError(f"`max_length` must be 2 at least (a token and its prediction), but got {max_length}.")
-        for name, size in {"micro_batch_size": micro_batch_size, "eval_micro_batch_size": eval_micro_batch_size}.items():
+        for name, size in {
+            "micro_batch_size": micro_batch_size,
+            "eval_micro_batch_size": eval_micro_batch_size,
+        }.items():
             if size is not None and size < 1:
                 raise ValueError(f"`{name}` must be 1 at least, but got {size}.")
         if not 0 <= validation_fraction < 1:
@@ -190,7 +199,7 @@ class TextDataModule(L.LightningDataModule):
         """The text of a row, as a batch's ``row_ids`` name it, for a look at what went wrong."""
         store, table = self._rows[split]
         pieces = [store.tokens[start : start + length] for start, length, _ in table.segments(row_id)]
-        return self.tokenizer.decode(np.concatenate(pieces).tolist())  # type: ignore[no-any-return]
+        return str(self.tokenizer.decode(np.concatenate(pieces).tolist()))
 
     def summary(self) -> str:
         """One line on the data and the rows made of it."""
@@ -211,7 +220,7 @@ class TextDataModule(L.LightningDataModule):
         num_bytes = compressed = 0
         for document in self._documents("validation", store):
             ids = store.tokens[store.offsets[document] : store.offsets[document + 1]].tolist()
-            text = self.tokenizer.decode(ids, skip_special_tokens=True).encode()
+            text = str(self.tokenizer.decode(ids, skip_special_tokens=True)).encode()
             num_bytes += len(text)
             compressed += len(compressor.compress(text))
             if num_bytes > _MAX_REFERENCE_BYTES:
@@ -322,7 +331,8 @@ class TextDataModule(L.LightningDataModule):
 
     def _make_tokenizer(self) -> PreTrainedTokenizerBase:
         if not isinstance(self._tokenizer, str):
-            return self._tokenizer
+            given: PreTrainedTokenizerBase = self._tokenizer
+            return given
         if self._tokenizer == "bytes":
             return byte_tokenizer()
         if self._tokenizer == "bpe":
@@ -332,7 +342,12 @@ class TextDataModule(L.LightningDataModule):
     def _trained_bpe(self) -> Path:
         """Folder of the tokenizer trained on the training documents of ``data``, and on no other."""
         source = self._source("train")
-        choice = [str(self.vocab_size), str(self.seed), str(self.validation_data), str(self.validation_fraction)]
+        choice = [
+            str(self.vocab_size),
+            str(self.seed),
+            str(self.validation_data),
+            str(self.validation_fraction),
+        ]
 
         def build(folder: Path) -> None:
             documents = enumerate(source.documents())

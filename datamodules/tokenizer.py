@@ -27,7 +27,7 @@ def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> PreT
     folder = Path(name).expanduser()
     source = str(folder) if folder.exists() else str(name)
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)  # type: ignore[no-any-return]
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"There is no tokenizer in {source!r} ({error}). Expected a folder that `tokenizer.save_pretrained(...)` "
@@ -121,7 +121,8 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> npt.NDArray[np.float64]:
     special = set(tokenizer.all_special_tokens)
     byte_level = _is_byte_level(tokenizer)
     return np.array(
-        [0 if token is None or token in special else _num_bytes(token, byte_level) for token in tokens], np.float64
+        [0 if token is None or token in special else _num_bytes(token, byte_level) for token in tokens],
+        np.float64,
     )
 
 
@@ -145,6 +146,6 @@ def _byte_level(model: models.Model, *, split_words: bool) -> Tokenizer:
 
 
 def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=PADDING
     )

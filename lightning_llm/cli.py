@@ -35,11 +35,11 @@ def main(args: Sequence[str] | None = None) -> None:
     elif command == "generate":
         _generate(arguments[1:])
     elif command in ("-h", "--help"):
-        print(_help())  # noqa: T201
+        print(_help())
     elif command == "--version":
         from lightning_llm import __version__
 
-        print(f"lightning-llm {__version__}")  # noqa: T201
+        print(f"lightning-llm {__version__}")
     else:
         commands = ", ".join([*TRAINER_COMMANDS, "generate"])
         sys.exit(f"usage: {_USAGE}\nlightning-llm: error: expected one of {commands}, but got {command!r}.")
@@ -57,34 +57,33 @@ def _help() -> str:
             *lines,
             "  generate   continue a prompt with a trained model",
             "",
-            "`lightning-llm COMMAND --help` lists the arguments of a command; each can stand in a YAML file (--config).",
+            "`lightning-llm COMMAND --help` lists a command's arguments; each can stand in a YAML file (--config).",
         ]
     )
 
 
 def _run_trainer(arguments: list[str] | None) -> None:
     from lightning.pytorch.cli import LightningCLI
-
     from transformers.utils.logging import disable_progress_bar
 
     from lightning_llm.datamodules import TextDataModule
     from lightning_llm.module import LLMModule
 
-    disable_progress_bar()  # of reading and writing weights: they would cut through the Trainer's
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # of reading and writing weights: they would cut through the Trainer's
 
     class TrainingCLI(LightningCLI):
         def after_predict(self) -> None:
             """Write what ``predict`` returned."""
             path = write_predictions(self.trainer)
             if path is not None:
-                print(f"predictions  {path}")  # noqa: T201
+                print(f"predictions  {path}")
 
     TrainingCLI(
         LLMModule,
         TextDataModule,
         args=arguments,
         auto_configure_optimizers=False,
-        parser_kwargs={"prog": "lightning-llm"},
+        parser_kwargs={"prog": "lightning-llm", "allow_abbrev": False},
         save_config_kwargs={"overwrite": True},
     )
 
@@ -139,4 +138,4 @@ def _generate(arguments: list[str]) -> None:
         )
     except (FileNotFoundError, OSError) as error:
         sys.exit(f"lightning-llm generate: error: {error}")
-    print(text)  # noqa: T201
+    print(text)

@@ -32,21 +32,23 @@ def training_flops_per_token(model: nn.Module, seq_len: int) -> float | None:
     References:
         Chowdhery et al., PaLM, appendix B.
     """
-    config = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
     layers = getattr(config, "num_hidden_layers", None)
     heads = getattr(config, "num_attention_heads", None)
     hidden = getattr(config, "hidden_size", None)
     if not (layers and heads and hidden):
         return None
     head_dim = getattr(config, "head_dim", None) or hidden // heads
-    return _matrix_flops(model) + 12.0 * layers * heads * head_dim * seq_len
+    return _matrix_flops(model) + 12.0 * float(layers * heads * head_dim * seq_len)
 
 
 def _matrix_flops(model: nn.Module) -> float:
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     matrices = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in tables]
-    head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find_head: Any = getattr(model, "get_output_embeddings", None)
+    head = find_head() if find_head is not None else None
     if head is not None and id(head.weight) in tables:
         matrices.append(head.weight)
     return float(sum(p.numel() * (6 if p.requires_grad else 4) for p in matrices))

@@ -53,4 +53,4 @@ def continue_text(
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             **sampling,
         )
-    return tokenizer.decode(tokens[0], skip_special_tokens=True)  # type: ignore[no-any-return]
+    return str(tokenizer.decode(tokens[0], skip_special_tokens=True))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (torch's own convention)
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100
@@ -66,7 +66,10 @@ def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
     """
     targets = shift_labels(labels)
     return F.cross_entropy(
-        _accumulation_dtype(logits).flatten(0, -2), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+        _accumulation_dtype(logits).flatten(0, -2),
+        targets.flatten(),
+        ignore_index=IGNORE_INDEX,
+        reduction="none",
     ).view(targets.shape)
 
 

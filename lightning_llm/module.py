@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import lightning as L  # noqa: N812 (Lightning's own convention)
+import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
@@ -45,7 +44,7 @@ class LLMModule(L.LightningModule):
         learning_rate: Peak learning rate of AdamW.
         weight_decay: Decoupled weight decay of matrices; biases, norms and other vectors do not decay.
         betas: Decay rates of AdamW's two averages.
-        eps: AdamW's epsilon.
+        eps: Added to the denominator of AdamW's update.
         lr_schedule: Name of a transformers schedule: ``linear``, ``cosine``, ``constant``, ``cosine_with_min_lr``,
             ``warmup_stable_decay``, ``inverse_sqrt``, ...
         warmup: Length of the warm-up: ``"500 steps"`` or 500, ``"2M tokens"``, ``"5%"`` or 0.05 of the run.
@@ -70,7 +69,7 @@ class LLMModule(L.LightningModule):
 
     def __init__(
         self,
-        model: str | Path | dict[str, Any] | PretrainedConfig | nn.Module,
+        model: str | dict[str, Any] | Any,  # Any, as the command line's help would list every class of torch
         task: str = "causal-lm",
         learning_rate: float = 3e-4,
         weight_decay: float = 0.1,

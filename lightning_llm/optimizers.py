@@ -11,6 +11,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from transformers import get_scheduler
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+from transformers.trainer_utils import SchedulerType
 
 from lightning_llm.duration import Duration
 
@@ -100,7 +101,8 @@ def make_schedule(
         raise ValueError(f"`warmup` is given in steps, tokens or as a share of the run ('5%'), but got '{warmup}'.")
     if name == "constant" and warmup.value:
         name = "constant_with_warmup"  # transformers' `constant` ignores the warm-up without a word
-    parameters = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[name]).parameters  # type: ignore[index]
+    make: Any = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
+    parameters = inspect.signature(make).parameters
     if not total_steps < float("inf") and ("num_training_steps" in parameters or warmup.unit == "run"):
         raise ValueError(
             f"The schedule {name!r} with warm-up '{warmup}' must know how long the run is, but it is endless. Set "
@@ -110,7 +112,7 @@ def make_schedule(
     warmup_steps = {"steps": warmup.value, "run": warmup.value * total_steps if warmup.unit == "run" else 0.0}
     known_steps = int(total_steps) if total_steps < float("inf") else None
     try:
-        schedule = get_scheduler(
+        schedule: LRScheduler | ReduceLROnPlateau = get_scheduler(
             name,
             optimizer,
             num_warmup_steps=round(warmup_steps.get(warmup.unit, 0.0)),
@@ -122,6 +124,7 @@ def make_schedule(
     if warmup.value and isinstance(schedule, ReduceLROnPlateau):
         raise ValueError(f"The schedule {name!r} has no warm-up, but got warmup='{warmup}'. Set it to 0.")
     if warmup.value and warmup.unit == "tokens":
+        assert isinstance(schedule, LambdaLR)
         return _with_token_warmup(schedule, warmup.value, tokens_seen)
     return schedule
 

@@ -44,7 +44,8 @@ def resolve_config(source: ModelSource, *, trust_remote_code: bool = False) -> P
         return _config_from_mapping(source)
     if isinstance(source, (str, Path)):
         _check_folder(source)
-        return AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
+        config: PretrainedConfig = AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
+        return config
     raise TypeError(
         f"`model` must be a hub id, a local folder, a configuration (mapping or PretrainedConfig) or a built model, "
         f"but got {type(source).__name__}."

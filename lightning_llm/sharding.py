@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,10 @@ from torch.distributed.fsdp import fully_shard
 
 
 def build_sharded(
-    build: Callable[[bool], nn.Module], mesh: DeviceMesh, device: torch.device, prepare: Callable[[nn.Module], None]
+    build: Callable[[bool], nn.Module],
+    mesh: DeviceMesh,
+    device: torch.device,
+    prepare: Callable[[nn.Module], None],
 ) -> nn.Module:
     """Build on the meta device, shard, and fill the shards from the one full model that rank 0 holds in host memory.
 
@@ -37,8 +41,8 @@ def build_sharded(
     prepare(model)
     shard_layers(model, mesh)
     model.to_empty(device=device)
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()  # to_empty gives each module a tensor of its own
+    tie_weights: Any = model.tie_weights  # to_empty gave each module a tensor of its own
+    tie_weights()
     weights = full.state_dict() if full is not None else {}
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     _broadcast_buffers(model, full)

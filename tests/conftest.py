@@ -17,6 +17,7 @@ from support import TINY_GPT2, TINY_LLAMA
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parents[1]
 
+
 @pytest.fixture
 def tiny_gpt2() -> dict[str, Any]:
     return dict(TINY_GPT2)
@@ -30,7 +31,7 @@ def tiny_llama() -> dict[str, Any]:
 @pytest.fixture
 def quiet_trainer(tmp_path: Path) -> Callable[..., Any]:
     """Make a Trainer that writes nothing outside the test's folder."""
-    import lightning as L  # noqa: N812
+    import lightning as L
 
     def make(**options: Any) -> L.Trainer:
         defaults = {

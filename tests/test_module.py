@@ -2,17 +2,16 @@
 
 import math
 
-import lightning as L  # noqa: N812
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from support import pad_rows, ragged_rows
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_llm import LLMModule
 from lightning_llm.loss import NonFiniteLossError
-
-from support import pad_rows, ragged_rows
 
 
 def loader(rows, batch_size=4, **options):
@@ -231,7 +230,7 @@ def test_resumed_run_equals_the_uninterrupted_one(tiny_gpt2, quiet_trainer, tmp_
         return module, trainer
 
     whole, _ = fit(4)
-    half, trainer = fit(2)
+    _, trainer = fit(2)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     resumed, _ = fit(4, tmp_path / "half.ckpt")
     assert resumed.tokens_seen == whole.tokens_seen
@@ -379,7 +378,9 @@ class FakeData(L.LightningDataModule):
 def test_tokenizer_larger_than_the_vocabulary_is_refused_before_training(tiny_gpt2, quiet_trainer):
     from lightning_llm.datamodules.tokenizer import byte_tokenizer
 
-    with pytest.raises(ValueError, match=r"tokenizer has 258 tokens, but the model's vocabulary only 97 .*vocab_size: 258"):
+    with pytest.raises(
+        ValueError, match=r"tokenizer has 258 tokens, but the model's vocabulary only 97 .*vocab_size: 258"
+    ):
         quiet_trainer(max_epochs=1).fit(constant(tiny_gpt2), FakeData(byte_tokenizer()))
 
 

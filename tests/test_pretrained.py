@@ -42,7 +42,11 @@ def test_built_model_is_taken_as_it_is(tiny_gpt2):
     [
         ({"vocab_size": 3}, ValueError, "needs `model_type`"),
         ({"model_type": "lama"}, ValueError, "'lama' is not one that transformers knows"),
-        ({"model_type": "llama", "hiden_size": 3}, ValueError, "no field `hiden_size`. Did you mean `hidden_size`"),
+        (
+            {"model_type": "llama", "hiden_size": 3},
+            ValueError,
+            "no field `hiden_size`. Did you mean `hidden_size`",
+        ),
         ("./no/such/folder", FileNotFoundError, "no model folder at no/such/folder"),
         (torch.nn.Linear(2, 2), TypeError, "needs a transformers `config`"),
         (3, TypeError, "`model` must be a hub id"),

@@ -1,6 +1,6 @@
 """Folders that from_pretrained loads, whole at every moment."""
 
-import lightning as L  # noqa: N812
+import lightning as L
 import pytest
 import torch
 from support import pad_rows, ragged_rows

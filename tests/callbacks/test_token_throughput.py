@@ -2,7 +2,7 @@
 
 import time
 
-import lightning as L  # noqa: N812
+import lightning as L
 import pytest
 import torch
 from support import Plain, pad_rows, ragged_rows
@@ -178,7 +178,10 @@ def test_peak_of_the_gpu_is_known_and_utilisation_is_plausible(tiny_llama, quiet
     assert peak_flops(torch.device("cuda"), torch.bfloat16) > 1e13
     log = Log()
     trainer = quiet_trainer(
-        accelerator="cuda", precision="bf16-mixed", max_epochs=1, callbacks=[TokenThroughput(every_n_steps=2), log]
+        accelerator="cuda",
+        precision="bf16-mixed",
+        max_epochs=1,
+        callbacks=[TokenThroughput(every_n_steps=2), log],
     )
     trainer.fit(LLMModule(tiny_llama), loader(ragged_rows(8, vocab_size=300)))
     assert 0 < log.entries[4]["train/mfu"] < 1

@@ -73,7 +73,13 @@ def test_yardstick_stands_beside_the_bits_per_byte(quiet_trainer, tiny_llama, tm
 
 @pytest.mark.parametrize("num_panels", [0, 1, 2, 3, 4, 5, 6])
 def test_any_number_of_panels_fits_the_picture(tmp_path, num_panels):
-    names = ["train/loss", "val/bits_per_byte", "train/tokens_per_s", "train/global_batch_tokens", "learning_rate"]
+    names = [
+        "train/loss",
+        "val/bits_per_byte",
+        "train/tokens_per_s",
+        "train/global_batch_tokens",
+        "learning_rate",
+    ]
     names.append("train/mfu")
     history = {name: [(step, 1.0 / step) for step in range(1, 50)] for name in names[:num_panels]}
     plot_history(history, tmp_path / "plot.png", zlib_bits_per_byte=0.5)
@@ -81,7 +87,8 @@ def test_any_number_of_panels_fits_the_picture(tmp_path, num_panels):
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(12000, "12k"), (1.5e6, "1.5M"), (0.002, "2e-3"), (0, "0"), (2.5, "2.5"), (0.25, "0.25")]
+    ("value", "text"),
+    [(12000, "12k"), (1.5e6, "1.5M"), (0.002, "2e-3"), (0, "0"), (2.5, "2.5"), (0.25, "0.25")],
 )
 def test_axis_labels_are_short(value, text):
     assert _tick(value) == text

@@ -1,7 +1,6 @@
 """A cache folder appears whole or not at all."""
 
 import errno
-import os
 import resource
 import signal
 import subprocess
@@ -106,7 +105,7 @@ def test_full_disk_says_what_to_do_and_cleans_up(tmp_path):
 
 def test_device_that_is_full_is_recognised(tmp_path):
     def build(folder):
-        os.symlink("/dev/full", folder / "tokens.bin")
+        (folder / "tokens.bin").symlink_to("/dev/full")
         with (folder / "tokens.bin").open("wb") as file:
             file.write(b"x")
 

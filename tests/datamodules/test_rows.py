@@ -5,12 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from support import dataset_of
 
 from lightning_llm.datamodules.rows import EMPTY_ROW
 from lightning_llm.loss import shift_labels, token_cross_entropy
-
 
 LENGTHS = st.lists(st.integers(2, 70), min_size=1, max_size=12)
 

@@ -1,6 +1,7 @@
 """TextDataModule, from documents to batches."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from lightning_llm.loss import shift_labels
 
 def write_documents(path, sizes, seed=0):
     rng = np.random.default_rng(seed)
-    words = np.array("the a model token batch window row data train loss".split())
+    words = np.array(["the", "a", "model", "token", "batch", "window", "row", "data", "train", "loss"])
     with path.open("w") as file:
         for size in sizes:
             file.write(json.dumps({"text": " ".join(rng.choice(words, size))}) + "\n")
@@ -43,7 +44,7 @@ def test_train_and_validation_hold_every_token_once_and_share_no_document(make, 
     module = make(windowing=windowing, validation_fraction=0.2)
     module.prepare_data()
     module.setup("fit")
-    texts = [json.loads(line)["text"] for line in open(data)]
+    texts = [json.loads(line)["text"] for line in Path(data).open()]
     targets = 0
     for loader in (module.train_dataloader(), module.val_dataloader()):
         assert len(loader) > 0
@@ -140,7 +141,9 @@ def test_no_validation_if_none_is_wanted(make, tiny_llama, quiet_trainer):
 
 
 def test_documents_windowing_says_what_it_leaves_out(make):
-    with pytest.warns(UserWarning, match=r"leaves out [\d,]+ of [\d,]+ tokens \(\d+%\).*'packed' and 'windows' lose none"):
+    with pytest.warns(
+        UserWarning, match=r"leaves out [\d,]+ of [\d,]+ tokens \(\d+%\).*'packed' and 'windows' lose none"
+    ):
         make(windowing="documents").setup("fit")
 
 
@@ -161,7 +164,10 @@ def test_no_validation_document_is_explained(make, tmp_path):
         ({"max_length": 1}, "`max_length` must be 2 at least"),
         ({"micro_batch_size": 0}, "`micro_batch_size` must be 1 at least"),
         ({"validation_fraction": 1.0}, "`validation_fraction` lies in 0..1"),
-        ({"windowing": "sliding"}, "`windowing` must be 'packed', 'windows' or 'documents', but got 'sliding'"),
+        (
+            {"windowing": "sliding"},
+            "`windowing` must be 'packed', 'windows' or 'documents', but got 'sliding'",
+        ),
         ({"stride": 8}, "`stride` has a meaning for windowing='windows' only"),
         ({"windowing": "windows", "stride": 65}, "lies in 1..max_length=64, but got 65"),
     ],

@@ -7,9 +7,20 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from lightning_llm.datamodules.tokenizer import byte_tokenizer, encoder, load_tokenizer, token_bytes, train_bpe
+from lightning_llm.datamodules.tokenizer import (
+    byte_tokenizer,
+    encoder,
+    load_tokenizer,
+    token_bytes,
+    train_bpe,
+)
 
-TEXTS = ["def f(x):\n\treturn x ** 2  # naïve\n", "日本語 and emoji 🙂🙃", "  leading and trailing  ", "\r\n\0\x7f"]
+TEXTS = [
+    "def f(x):\n\treturn x ** 2  # naïve\n",
+    "日本語 and emoji 🙂🙃",
+    "  leading and trailing  ",
+    "\r\n\0\x7f",
+]
 
 
 def minilm_folder() -> Path:

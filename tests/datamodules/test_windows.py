@@ -27,7 +27,9 @@ def test_each_token_is_new_in_exactly_one_window_and_no_window_overflows(lengths
 @given(lengths=LENGTHS, max_length=st.integers(2, 64))
 def test_default_stride_makes_every_token_but_the_first_a_target(lengths, max_length):
     table = window_table(lengths, max_length)
-    targets = sum(int(length - max(context, 1)) for length, context in zip(table.length, table.num_context, strict=True))
+    targets = sum(
+        int(length - max(context, 1)) for length, context in zip(table.length, table.num_context, strict=True)
+    )
     assert targets == sum(max(length - 1, 0) for length in lengths)
 
 

@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-import lightning as L  # noqa: N812
+import lightning as L
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -28,14 +28,31 @@ class Rows(L.Callback):
 def main(folder: Path, data: str, cache: str) -> None:
     rank = int(os.environ["RANK"])
     datamodule = TextDataModule(
-        data, "bytes", max_length=32, micro_batch_size=2, validation_fraction=0.3, cache_dir=cache, windowing="packed"
+        data,
+        "bytes",
+        max_length=32,
+        micro_batch_size=2,
+        validation_fraction=0.3,
+        cache_dir=cache,
+        windowing="packed",
     )
     torch.manual_seed(0)
     module = LLMModule(MODEL, learning_rate=0.0, lr_schedule="constant", warmup=0)
     rows = Rows()
-    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "precision": "64-true"}
+    options = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "precision": "64-true",
+    }
     trainer = L.Trainer(
-        accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, default_root_dir=folder, callbacks=[rows], **options
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp",
+        max_epochs=2,
+        default_root_dir=folder,
+        callbacks=[rows],
+        **options,
     )
     trainer.fit(module, datamodule)
     store, table = datamodule._rows["validation"]

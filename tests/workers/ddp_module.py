@@ -4,11 +4,12 @@ import json
 import sys
 from pathlib import Path
 
-import lightning as L  # noqa: N812
+import lightning as L
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import TINY_GPT2, pad_rows, ragged_rows
+
 from lightning_llm import LLMModule
 
 
@@ -28,12 +29,20 @@ class Shard:
 def main(folder: Path) -> None:
     rank = int(__import__("os").environ["RANK"])
     rows = ragged_rows(9, seed=3)
-    validation = Shard([pad_rows(rows[:2]), pad_rows(rows[2:3])] if rank == 0 else [pad_rows(rows[3:6]), pad_rows(rows[6:])])
+    validation = Shard(
+        [pad_rows(rows[:2]), pad_rows(rows[2:3])] if rank == 0 else [pad_rows(rows[3:6]), pad_rows(rows[6:])]
+    )
     torch.manual_seed(0)
     module = LLMModule(TINY_GPT2, lr_schedule="constant", warmup=0)
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = L.Trainer(
-        accelerator="cpu", devices=2, strategy="ddp", precision="64-true", max_steps=1, default_root_dir=folder, **options
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp",
+        precision="64-true",
+        max_steps=1,
+        default_root_dir=folder,
+        **options,
     )
     trainer.validate(module, validation, verbose=False)
     result = {"val/loss": trainer.callback_metrics["val/loss"].item()}

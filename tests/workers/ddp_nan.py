@@ -5,12 +5,13 @@ import os
 import sys
 from pathlib import Path
 
-import lightning as L  # noqa: N812
+import lightning as L
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from support import TINY_GPT2, pad_rows, ragged_rows
 from ddp_module import Shard
+from support import TINY_GPT2, pad_rows, ragged_rows
+
 from lightning_llm import LLMModule
 from lightning_llm.loss import NonFiniteLossError
 

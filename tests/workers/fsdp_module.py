@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-import lightning as L  # noqa: N812
+import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.tensor import DTensor
@@ -33,7 +33,12 @@ def main(folder: Path, model: dict, weights: str | None = None) -> None:
         row["input_ids"] = torch.arange(12) * 7 % 97 + len(row["input_ids"]) % 5
         row["labels"] = row["input_ids"].clone()
     steps = [(pad_rows(rows[i : i + 2]), pad_rows(rows[i + 2 : i + 4])) for i in (0, 4, 8)]
-    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "default_root_dir": folder}
+    options = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "default_root_dir": folder,
+    }
 
     module = build(source, gradient_checkpointing=True)
     export = HuggingFaceCheckpoint(str(folder / "hf"), monitor="val/loss")
@@ -59,7 +64,14 @@ def main(folder: Path, model: dict, weights: str | None = None) -> None:
 
     if rank == 0:
         # the same run in one process, on the joined batches
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_RUN_ID"):
+        for name in (
+            "RANK",
+            "LOCAL_RANK",
+            "WORLD_SIZE",
+            "LOCAL_WORLD_SIZE",
+            "GROUP_RANK",
+            "TORCHELASTIC_RUN_ID",
+        ):
             os.environ.pop(name, None)
         torch.distributed.destroy_process_group()
         joined = [{key: torch.cat([a[key], b[key]]) for key in a} for a, b in steps]

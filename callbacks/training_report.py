@@ -169,7 +169,8 @@ def _finish(axes: Any, panel: Panel) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(y=0.12)
     if panel.from_zero:
-        axes.set_ylim(bottom=0)
+        highest = max((max(line.get_ydata()) for line in axes.get_lines()), default=0.0)
+        axes.set_ylim(0, 1.15 * highest or 1.0)
     axes.yaxis.set_major_formatter(_tick)
     if len(axes.get_lines()) > 1:
         axes.legend(fontsize=8, frameon=False)

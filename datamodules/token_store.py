@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from lightning_llm.datamodules.sources import Document
 from lightning_llm.datamodules.windows import Int64Array

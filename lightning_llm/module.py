@@ -310,7 +310,7 @@ class LLMModule(L.LightningModule):
 
     def _prepare_layers(self, model: nn.Module) -> None:
         if self.gradient_checkpointing:
-            # transformers renames the method; what the new one takes by default, the old one must be told
+            # Newer transformers have renamed the method; the old name must be told not to be reentrant.
             enable: Any = getattr(model, "activation_checkpointing_enable", None)
             if enable is not None:
                 enable()

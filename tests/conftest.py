@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,8 @@ import pytest
 from support import TINY_GPT2, TINY_LLAMA
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["LIGHTNING_LLM_CACHE"] = tempfile.mkdtemp(prefix="lightning-llm-tests-")
+atexit.register(shutil.rmtree, os.environ["LIGHTNING_LLM_CACHE"], ignore_errors=True)
 ROOT = Path(__file__).parents[1]
 
 

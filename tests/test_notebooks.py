@@ -1,0 +1,49 @@
+"""Every notebook runs from start to end, with small parameters, and keeps its pictures in the file."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+SMALL = {
+    "01_quickstart": {"max_steps": 8, "vocab_size": 300, "max_length": 64, "hidden_size": 32},
+}
+
+
+def notebooks():
+    return sorted(NOTEBOOKS.glob("*.ipynb"))
+
+
+def with_parameters(notebook, values):
+    """Put assignments behind the cell that is tagged `parameters`."""
+    (index,) = [i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])]
+    source = "\n".join(f"{name} = {value!r}" for name, value in values.items())
+    notebook.cells.insert(index + 1, nbformat.v4.new_code_cell(source))
+    return notebook
+
+
+@pytest.mark.parametrize("path", notebooks(), ids=lambda path: path.stem)
+@pytest.mark.timeout(300)
+def test_notebook_runs_with_small_parameters(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("LIGHTNING_LLM_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text").mkdir()
+    for index in range(40):
+        (tmp_path / "text" / f"{index}.txt").write_text(f"Document number {index} says a few words. " * (1 + index))
+    notebook = nbformat.read(path, as_version=4)
+    values = {**SMALL[path.stem], "data": str(tmp_path / "text"), "output_folder": str(tmp_path / "run")}
+    client = NotebookClient(with_parameters(notebook, values), timeout=240, resources={"metadata": {"path": tmp_path}})
+    client.execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 3
+    assert (tmp_path / "run" / "huggingface" / "last" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("path", notebooks(), ids=lambda path: path.stem)
+def test_notebook_is_stored_executed_with_its_pictures_and_without_errors(path):
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in cells)
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 3
+    assert not any(output.output_type == "error" for output in outputs)

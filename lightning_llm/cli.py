@@ -78,12 +78,13 @@ def _run_trainer(arguments: list[str] | None) -> None:
             if path is not None:
                 print(f"predictions  {path}")
 
+    strict = {"allow_abbrev": False}  # a misspelt argument is an error, not a guess
     TrainingCLI(
         LLMModule,
         TextDataModule,
         args=arguments,
         auto_configure_optimizers=False,
-        parser_kwargs={"prog": "lightning-llm", "allow_abbrev": False},
+        parser_kwargs={"prog": "lightning-llm", **strict, **dict.fromkeys(TRAINER_COMMANDS, strict)},
         save_config_kwargs={"overwrite": True},
     )
 
@@ -124,8 +125,11 @@ def _generate(arguments: list[str]) -> None:
     if options.max_new_tokens < 1 or options.temperature < 0 or not 0 < options.top_p <= 1:
         parser.error("--max_new_tokens must be 1 or more, --temperature 0 or more, --top_p above 0 and at most 1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers.utils.logging import disable_progress_bar
+
     from lightning_llm.generation import continue_text
 
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         text = continue_text(
             options.model,

@@ -148,6 +148,8 @@ class LLMModule(L.LightningModule):
             with torch.device("cpu"):  # the same random weights for a seed on every accelerator
                 self.model = build(True)
             self._prepare_layers(self.model)
+        if not any(module.training for module in self.model.modules()):
+            self.model.train()  # from_pretrained leaves a model in evaluation mode, and Lightning would keep it there
         self._prepared = True
 
     def forward(self, **inputs: Any) -> Any:

@@ -287,6 +287,21 @@ def test_checkpoint_of_a_built_adapter_model_asks_for_the_model(tiny_llama, quie
         assert torch.equal(parameter, loaded.model.get_parameter(name)), name
 
 
+@pytest.mark.parametrize("built", [True, False])
+def test_pretrained_model_trains_with_its_dropout(tiny_gpt2, quiet_trainer, tmp_path, built):
+    """from_pretrained leaves a model in evaluation mode, and Lightning keeps the mode that it finds."""
+
+    class Modes(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.training = {module.training for module in pl_module.model.modules()}
+
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**tiny_gpt2)).save_pretrained(tmp_path / "model")
+    source = AutoModelForCausalLM.from_pretrained(tmp_path / "model") if built else str(tmp_path / "model")
+    modes = Modes()
+    quiet_trainer(max_steps=1, callbacks=[modes]).fit(constant(source), loader(ragged_rows(4)))
+    assert modes.training == {True}
+
+
 def test_generate_continues_greedily_as_the_model_itself_does(tiny_gpt2):
     module = constant(tiny_gpt2)
     ids = torch.tensor([[5, 6, 7]])

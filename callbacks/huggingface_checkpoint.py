@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -85,6 +86,11 @@ class HuggingFaceCheckpoint(L.Callback):
         if self.dirpath is None:
             log_dir = trainer.log_dir or trainer.default_root_dir
             self.dirpath = Path(log_dir) / "huggingface"
+        others = [c for c in trainer.callbacks if isinstance(c, HuggingFaceCheckpoint) and c is not self]  # type: ignore[attr-defined]
+        if any(other.dirpath == self.dirpath for other in others):
+            raise ValueError(
+                f"Two HuggingFaceCheckpoint callbacks write to {self.dirpath}. Give each a `dirpath` of its own."
+            )
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -124,8 +130,10 @@ class HuggingFaceCheckpoint(L.Callback):
                 f"HuggingFaceCheckpoint(monitor={monitor!r}): no such metric is logged; there are "
                 f"{sorted(trainer.callback_metrics)}. Choose one of them, or monitor=None."
             )
-        value = float(trainer.strategy.broadcast(float(trainer.callback_metrics[monitor])))  # one opinion for all ranks
-        if not improves(value, self.best_score, self.mode):
+        assert self.dirpath is not None
+        seen = (float(trainer.callback_metrics[monitor]), (self.dirpath / "best").exists())
+        value, has_best = trainer.strategy.broadcast(seen)  # one opinion for all ranks
+        if not improves(value, self.best_score if has_best else None, self.mode):
             return False
         self.best_score = value
         return True
@@ -190,9 +198,15 @@ def write_folder(
         _point(dirpath / link, folder.name)
     named = {(dirpath / link).resolve() for link in ("last", "best") if (dirpath / link).is_symlink()}
     for old in dirpath.glob("step-*"):
-        if old.resolve() not in named:
+        if _is_ours(old) and old.resolve() not in named:
             shutil.rmtree(old)
     return folder
+
+
+def _is_ours(folder: Path) -> bool:
+    """A folder that this callback wrote, and no other step-something that lies there."""
+    holds_model = (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()
+    return holds_model and re.fullmatch(r"step-\d{8}(-\d+)?", folder.name) is not None
 
 
 def _point(link: Path, target: str) -> None:

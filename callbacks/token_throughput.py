@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_llm.flops import peak_flops, training_flops_per_token
@@ -108,6 +108,13 @@ class TokenThroughput(L.Callback):
         if self.peak_flops is None:
             self.peak_flops = peak_flops(trainer.strategy.root_device, _compute_dtype(trainer, pl_module))
         self._last_step = trainer.global_step
+        self._flops_of_length: dict[int, float] = {}
+        interval = getattr(trainer, "log_every_n_steps", 1)
+        if trainer.loggers and self.every_n_steps and interval and self.every_n_steps % interval:
+            rank_zero_warn(
+                f"TokenThroughput(every_n_steps={self.every_n_steps}) is no multiple of the Trainer's "
+                f"log_every_n_steps={interval}: the logger writes at those steps only and misses entries between."
+            )
         self._clear()
 
     def on_train_batch_end(
@@ -195,9 +202,11 @@ class TokenThroughput(L.Callback):
     def _flops_per_token(self, pl_module: L.LightningModule, batch: Any) -> float:
         if self.flops_per_token is not None:
             return self.flops_per_token
-        model = getattr(pl_module, "model", pl_module)
         seq_len = batch["input_ids"].shape[-1] if isinstance(batch, Mapping) and "input_ids" in batch else 0
-        return training_flops_per_token(model, seq_len) or 0.0
+        if seq_len not in self._flops_of_length:
+            model = getattr(pl_module, "model", pl_module)
+            self._flops_of_length[seq_len] = training_flops_per_token(model, seq_len) or 0.0
+        return self._flops_of_length[seq_len]
 
 
 def _compute_dtype(trainer: L.Trainer, pl_module: L.LightningModule) -> torch.dtype:
@@ -214,6 +223,8 @@ def _peak_memory_gib(trainer: L.Trainer) -> float:
     if device.type == "cuda":
         num_bytes = float(torch.cuda.max_memory_allocated(device))
     else:
+        import resource  # not on Windows
+
         unit = 1 if sys.platform == "darwin" else 1024
         num_bytes = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
     peak = torch.tensor(num_bytes / 2**30, device=device, dtype=torch.float32)

@@ -137,7 +137,7 @@ class RowDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
             padding; ``row_ids`` and ``num_input_tokens`` (batch,), the latter without padding; ``position_ids``
             (batch, seq), restarting with each document, for packed rows, else ``attention_mask`` (batch, seq).
             Packed rows carry no attention mask: with one, transformers overlooks the restarts. ``num_bytes``
-            (batch,) float64, bytes behind the label tokens, where ``token_bytes`` is given.
+            (batch,), bytes behind the label tokens, where ``token_bytes`` is given.
         """
         table, tokens = self.table, self.store.tokens
         packed = table.windowing == "packed"
@@ -171,5 +171,7 @@ class RowDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
             batch["attention_mask"] = torch.from_numpy((arange < used[:, None]).astype(np.int64))
         if self.token_bytes is not None:
             num_bytes = np.where(labels != IGNORE_INDEX, self.token_bytes[input_ids], 0.0).sum(1)
-            batch["num_bytes"] = torch.from_numpy(num_bytes)
+            batch["num_bytes"] = torch.from_numpy(
+                np.rint(num_bytes).astype(np.int64)
+            )  # no float: precision casts those
         return batch

@@ -10,7 +10,7 @@ import json
 import logging
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -152,19 +152,10 @@ class FileSource(DocumentSource):
 
     def documents(self) -> Iterator[Document]:
         """Yield the documents file by file."""
-        skipped: list[str] = []
-        for path in self.files:
-            for name, read in self._records(path):
-                try:
-                    yield Document(name, read(name))
-                except CorruptDataError as error:
-                    if not self.skip_corrupt:
-                        raise
-                    skipped.append(str(error))
-        if skipped:
-            log.warning("Skipped %d corrupt records of %s. The first: %s", len(skipped), self.name, skipped[0])
+        records = (record for path in self.files for record in self._records(path))
+        return _read_all(records, self.name, self.skip_corrupt)
 
-    def _records(self, path: Path) -> Iterator[tuple[str, Callable[[str], str]]]:
+    def _records(self, path: Path) -> Iterator[_Record]:
         """Each record's name, and how to read its text."""
         suffix = _suffix(path)
         try:
@@ -191,26 +182,43 @@ class DatasetSource(DocumentSource):
         dataset: One split.
         name: For messages.
         text_column: The column that holds the text.
+        skip_corrupt: Leave out rows whose text is none, with a warning, instead of raising.
     """
 
-    def __init__(self, dataset: Any, name: str, text_column: str) -> None:
+    def __init__(self, dataset: Any, name: str, text_column: str, skip_corrupt: bool) -> None:
         if text_column not in dataset.column_names:
             raise _no_column(name, text_column, dataset.column_names)
         self.dataset = dataset
         self.name = name
         self.text_column = text_column
+        self.skip_corrupt = skip_corrupt
 
     def documents(self) -> Iterator[Document]:
         """Yield the text column, row by row."""
-        row = 0
-        for batch in self.dataset.select_columns([self.text_column]).iter(batch_size=256):
-            for text in batch[self.text_column]:
-                yield Document(f"{self.name}, row {row}", text or "")
-                row += 1
+        batches = self.dataset.select_columns([self.text_column]).iter(batch_size=256)
+        values = enumerate(value for batch in batches for value in batch[self.text_column])
+        records = ((f"{self.name}, row {row}", partial(_check_text, self.text_column, value)) for row, value in values)
+        return _read_all(records, self.name, self.skip_corrupt)
 
     def fingerprint(self) -> str:
         """The fingerprint that `datasets` keeps, and the column."""
-        return fingerprint([self.dataset._fingerprint, self.text_column])
+        return fingerprint([self.dataset._fingerprint, self.text_column, str(self.skip_corrupt)])
+
+
+_Record = tuple[str, Callable[[str], str]]  # what to call it in messages, and how to read its text
+
+
+def _read_all(records: Iterable[_Record], source: str, skip_corrupt: bool) -> Iterator[Document]:
+    skipped: list[str] = []
+    for name, read in records:
+        try:
+            yield Document(name, read(name))
+        except CorruptDataError as error:
+            if not skip_corrupt:
+                raise
+            skipped.append(str(error))
+    if skipped:
+        log.warning("Skipped %d corrupt records of %s. The first: %s", len(skipped), source, skipped[0])
 
 
 def open_source(
@@ -240,9 +248,9 @@ def open_source(
         if str(data) == STDLIB:
             return StdlibSource()
         if path.is_dir() and _is_saved_dataset(path):
-            return DatasetSource(_load_from_disk(path, split), str(path), text_column)
+            return DatasetSource(_load_from_disk(path, split), str(path), text_column, skip_corrupt)
         if not path.exists() and not _looks_like_path(data):
-            return DatasetSource(_load_from_hub(str(data), dataset_config, split), str(data), text_column)
+            return DatasetSource(_load_from_hub(str(data), dataset_config, split), str(data), text_column, skip_corrupt)
         data = [data]
     files = [file for entry in data for file in _files(Path(entry).expanduser())]
     name = str(data[0]) if len(data) == 1 else f"{data[0]} and {len(data) - 1} more"

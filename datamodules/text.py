@@ -280,14 +280,24 @@ class TextDataModule(L.LightningDataModule):
         return selected(numbers, self.validation_fraction if self.validation_data is None else 0.0, self.seed)
 
     def _lay_out(self, split: Split) -> tuple[TokenStore, RowTable]:
+        if split == "test" and self.test_data is None and not self._has_validation:
+            raise ValueError(
+                "There are no test documents: all are trained on. Pass test_data=..., or hold some out with "
+                "validation_fraction or validation_data."
+            )
         store = self._store(split)
         documents = self._documents(split, store)
         if not len(documents):
-            longest = int(store.lengths.max(initial=0))
+            name, longest = self._source(split).name, int(store.lengths.max(initial=0))
+            if longest >= self.min_length:
+                raise ValueError(
+                    f"No document is left for {split}: of {store.num_documents} in {name}, none was drawn for it with "
+                    f"validation_fraction={self.validation_fraction} and seed={self.seed}. Change those, pass "
+                    f"validation_data=..., or validation_fraction=0 to train without validation."
+                )
             raise ValueError(
-                f"No document is left for {split}: of {store.num_documents} in {self._source(split).name}, none that "
-                f"belongs to it has {self.min_length} tokens or more (min_length; the longest of all has {longest}). "
-                f"Lower min_length, add documents, or change validation_fraction={self.validation_fraction}."
+                f"No document is left for {split}: of {store.num_documents} in {name}, none has {self.min_length} "
+                f"tokens or more (min_length); the longest has {longest}. Lower min_length or add documents."
             )
         table = make_rows(store.offsets, documents, self.max_length, self.windowing, self.stride)
         if table.num_cut_tokens:

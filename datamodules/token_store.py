@@ -33,12 +33,20 @@ class TokenStore:
         num_bytes: (num_documents,) int64, UTF-8 bytes of each document's text.
         token_bytes: (vocab,) float64, bytes of text behind each token id, scaled so that the whole store adds up
             to the bytes of the text (a factor of exactly 1 for byte-level tokenizers).
+        folder: Where the files are; None for a store in memory.
     """
 
     tokens: npt.NDArray[np.unsignedinteger[Any]]
     offsets: Int64Array
     num_bytes: Int64Array
     token_bytes: npt.NDArray[np.float64]
+    folder: Path | None = None
+
+    def __reduce__(self) -> Any:
+        """Send worker processes the place of the files, not the tokens."""
+        if self.folder is not None:
+            return TokenStore.open, (self.folder,)
+        return super().__reduce__()
 
     @property
     def num_documents(self) -> int:
@@ -72,6 +80,7 @@ class TokenStore:
             offsets=np.load(folder / "offsets.npy", mmap_mode="r"),
             num_bytes=np.load(folder / "num_bytes.npy", mmap_mode="r"),
             token_bytes=np.load(folder / "token_bytes.npy"),
+            folder=folder,
         )
 
 

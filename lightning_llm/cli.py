@@ -72,11 +72,14 @@ def _run_trainer(arguments: list[str] | None) -> None:
     disable_progress_bar()  # type: ignore[no-untyped-call]  # of reading and writing weights: they would cut through the Trainer's
 
     class TrainingCLI(LightningCLI):
+        def before_predict(self) -> None:
+            """Refuse what could not be written afterwards."""
+            if self.trainer.world_size > 1:
+                sys.exit("lightning-llm predict: error: it scores in one process. Add --trainer.devices 1.")
+
         def after_predict(self) -> None:
             """Write what ``predict`` returned."""
-            path = write_predictions(self.trainer)
-            if path is not None:
-                print(f"predictions  {path}")
+            print(f"predictions  {write_predictions(self.trainer)}")
 
     strict = {"allow_abbrev": False}  # a misspelt argument is an error, not a guess
     TrainingCLI(
@@ -89,15 +92,13 @@ def _run_trainer(arguments: list[str] | None) -> None:
     )
 
 
-def write_predictions(trainer: Any) -> Path | None:
+def write_predictions(trainer: Any) -> Path:
     """Write the scores of ``Trainer.predict`` as jsonl: a line per row with ``row_id``, ``nll``, ``num_tokens``.
 
     Returns:
-        The file, in the logger's folder; None on ranks other than 0.
+        The file, in the logger's folder.
     """
     folder = Path(trainer.log_dir or trainer.default_root_dir)
-    if trainer.world_size > 1:
-        raise ValueError("`predict` gathers the rows of one process. Run it with --trainer.devices 1.")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "predictions.jsonl"
     with path.open("w") as file:

@@ -27,7 +27,8 @@ def training_flops_per_token(model: nn.Module, seq_len: int) -> float | None:
         seq_len: Tokens in a row.
 
     Returns:
-        FLOPs per token; None for a model without such a configuration.
+        FLOPs per token; None for a model without such a configuration, and for a mixture of experts, where a token
+        meets only some of the matrices.
 
     References:
         Chowdhery et al., PaLM, appendix B.
@@ -38,7 +39,8 @@ def training_flops_per_token(model: nn.Module, seq_len: int) -> float | None:
     layers = getattr(config, "num_hidden_layers", None)
     heads = getattr(config, "num_attention_heads", None)
     hidden = getattr(config, "hidden_size", None)
-    if not (layers and heads and hidden):
+    num_experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
+    if not (layers and heads and hidden) or num_experts > 1:
         return None
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     return _matrix_flops(model) + 12.0 * float(layers * heads * head_dim * seq_len)

@@ -41,11 +41,16 @@ class LanguageModelingMetrics(Metric):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
-        """Move to a device; Apple's has no float64, so the sums are float32 there."""
-        probe = fn(torch.zeros((), dtype=torch.float32))
-        if probe.device.type == "mps":
-            self.set_dtype(torch.float32)
-        return super()._apply(fn, *args, **kwargs)
+        """Move to a device, but keep the type: a bfloat16 model takes its modules along, and sums would stop growing.
+
+        Apple's devices have no float64; the sums are float32 there.
+        """
+
+        def move(tensor: Tensor) -> Tensor:
+            device = fn(torch.empty(0)).device
+            return (tensor.float() if device.type == "mps" else tensor).to(device)
+
+        return super()._apply(move, *args, **kwargs)
 
     def update(self, loss: TokenLoss, num_bytes: Tensor | None = None) -> None:
         """Add one batch.

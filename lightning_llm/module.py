@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 from lightning_llm.duration import Duration
 from lightning_llm.loss import NonFiniteLossError, TokenLoss
 from lightning_llm.optimizers import make_adamw, make_schedule
-from lightning_llm.pretrained import build_model, max_positions, resolve_config, resolve_dtype
+from lightning_llm.pretrained import build_model, is_complete, max_positions, resolve_config, resolve_dtype
 from lightning_llm.sharding import build_sharded
 from lightning_llm.tasks import TASKS
 
@@ -110,7 +110,9 @@ class LLMModule(L.LightningModule):
         self.val_metrics = self.task.metrics()
         self.test_metrics = self.task.metrics()
         self.tokens_seen = 0
+        self._micro_batch: _MicroBatch | None = None
         self._window: list[_MicroBatch] = []
+        self._isolation_checked = False
         self._prepared = False
 
     # ---- the model -----------------------------------------------------------------------------------------------
@@ -152,6 +154,20 @@ class LLMModule(L.LightningModule):
             self.model.train()  # from_pretrained leaves a model in evaluation mode, and Lightning would keep it there
         self._prepared = True
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move or cast the parameters, but leave buffers as precise as the model made them.
+
+        ``precision="bf16-true"`` casts the whole module. Rotary frequencies in bfloat16 are wrong by radians at
+        position 4096; transformers keeps them in float32 for a bfloat16 model, and so do we.
+        """
+        held = [(m, name, b) for m in self.modules() for name, b in m._buffers.items() if b is not None]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for module, name, before in held:
+            after = module._buffers[name]
+            if after is not None and after.is_floating_point() and after.dtype.itemsize < before.dtype.itemsize:
+                module._buffers[name] = before.to(after.device)
+        return self
+
     def forward(self, **inputs: Any) -> Any:
         """Call the wrapped model."""
         return self._built()(**inputs)
@@ -177,6 +193,24 @@ class LLMModule(L.LightningModule):
             model.train(was_training)
         return tokens
 
+    # ---- packed documents ----------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        """Refuse a model that lets packed documents see each other."""
+        self._check_isolation()
+
+    def on_validation_start(self) -> None:
+        """As at the start of ``fit``, where validation runs by itself."""
+        self._check_isolation()
+
+    def on_test_start(self) -> None:
+        """As at the start of ``fit``."""
+        self._check_isolation()
+
+    def on_predict_start(self) -> None:
+        """As at the start of ``fit``."""
+        self._check_isolation()
+
     # ---- training ------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
@@ -192,7 +226,9 @@ class LLMModule(L.LightningModule):
 
     def on_after_backward(self) -> None:
         """Count the micro-batch, now that its gradient is there."""
-        self._window.append(self._micro_batch)
+        if self._micro_batch is not None:  # a subclass may have a training step of its own
+            self._window.append(self._micro_batch)
+        self._micro_batch = None
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Sum the step's loss and tokens over micro-batches and ranks; stop before a NaN reaches the weights.
@@ -298,6 +334,25 @@ class LLMModule(L.LightningModule):
                 f"the data module's `max_length`, or choose a model with more positions."
             )
 
+    def _check_isolation(self) -> None:
+        """Run a packed row twice, once with another first document: the second must not notice.
+
+        Whether ``position_ids`` that restart keep documents apart depends on the model; many ignore them in silence.
+        """
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if self._isolation_checked or getattr(datamodule, "windowing", None) != "packed":
+            return
+        self._isolation_checked = True
+        with self.trainer.precision_plugin.forward_context():
+            leak = self.task.packing_leak(self._built(), self.device)
+        half = next(self._built().parameters()).dtype.itemsize < 4 or "mixed" in str(self.trainer.precision)
+        if leak > (1e-2 if half else 1e-4):
+            raise ValueError(
+                f"{type(self.model).__name__} lets packed documents see each other: changing the first of two in a "
+                f"row changes the second's logits by {leak:.1%} of the change in the first's. Use "
+                f"TextDataModule(windowing='windows') or 'documents', one document a row."
+            )
+
     def _check_vocabulary(self, tokenizer: Any) -> None:
         vocab_size = self.config.get_text_config().vocab_size
         if len(tokenizer) > vocab_size:
@@ -306,7 +361,8 @@ class LLMModule(L.LightningModule):
                 f"(vocab_size). Use the model's own tokenizer, set `vocab_size: {len(tokenizer)}` in the model's "
                 f"configuration, or call `model.resize_token_embeddings({len(tokenizer)})` and pass the built model."
             )
-        if isinstance(self.source, (dict, PretrainedConfig)):  # random weights: the special tokens are the tokenizer's
+        is_random = isinstance(self.source, (dict, PretrainedConfig)) and not is_complete(self.source)
+        if is_random:  # random weights: the special tokens are the tokenizer's
             for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 setattr(self.config, name, getattr(tokenizer, name, None))
 
@@ -363,10 +419,18 @@ class LLMModule(L.LightningModule):
                 where = f"{value} in batch {micro.batch_idx} of rank {self.global_rank} ({rows})"
                 break
         return (
-            f"The loss is not finite at optimizer step {self.global_step}, epoch {self.current_epoch}: {where}. The "
-            f"step was not applied and the checkpoints written before it are good. Look at those rows; else lower "
-            f"the learning rate, lengthen the warm-up, clip gradients (Trainer(gradient_clip_val=1.0)), or use "
-            f"bfloat16 instead of float16."
+            f"The loss is not finite at optimizer step {self.global_step}, epoch {self.current_epoch}: {where}. "
+            f"{self._describe_weights()} Look at those rows; else lower the learning rate, lengthen the warm-up, clip "
+            f"gradients (Trainer(gradient_clip_val=1.0)), or use bfloat16 instead of float16."
+        )
+
+    def _describe_weights(self) -> str:
+        local = (getattr(p, "to_local", lambda p=p: p)() for p in self._built().parameters())
+        if all(bool(shard.isfinite().all()) for shard in local):
+            return "The step was not applied: the weights are finite, and so are the checkpoints written before it."
+        return (
+            "The weights are not finite either: a step before this one had a finite loss but gradients that were not. "
+            "Resume from a checkpoint older than the last."
         )
 
     def _model_hyper_parameter(self) -> dict[str, Any] | None:

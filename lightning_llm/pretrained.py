@@ -44,7 +44,7 @@ def resolve_config(source: ModelSource, *, trust_remote_code: bool = False) -> P
         return _config_from_mapping(source)
     if isinstance(source, (str, Path)):
         _check_folder(source)
-        config: PretrainedConfig = AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
+        config: PretrainedConfig = AutoConfig.from_pretrained(_location(source), trust_remote_code=trust_remote_code)
         return config
     raise TypeError(
         f"`model` must be a hub id, a local folder, a configuration (mapping or PretrainedConfig) or a built model, "
@@ -86,7 +86,7 @@ def build_model(
         options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "config": config}
         if attn_implementation is not None:
             options["attn_implementation"] = attn_implementation
-        return auto.from_pretrained(str(source), trust_remote_code=trust_remote_code, **options)  # type: ignore[no-any-return]
+        return auto.from_pretrained(_location(source), trust_remote_code=trust_remote_code, **options)  # type: ignore[no-any-return]
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **options)  # type: ignore[no-any-return]
 
@@ -105,10 +105,27 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
     return resolved
 
 
+def is_complete(source: ModelSource) -> bool:
+    """Whether a mapping is what ``config.to_dict()`` gave, as checkpoints hold it, and not a person's few fields."""
+    return isinstance(source, dict) and "transformers_version" in source
+
+
 def max_positions(config: PretrainedConfig) -> int | None:
     """The longest sequence in tokens that the configuration has positions for; None where it names no limit."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return int(positions) if positions else None
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if not positions:
+        return None
+    rope = getattr(text, "rope_parameters", None) or {}
+    factor = rope.get("factor")
+    if isinstance(factor, (int, float)):  # a stretched rotary embedding: YaRN, linear, llama3, ...
+        positions = max(positions, int(factor * (rope.get("original_max_position_embeddings") or positions)))
+    return int(positions)
+
+
+def _location(source: str | Path) -> str:
+    folder = Path(source).expanduser()
+    return str(folder if folder.exists() else source)
 
 
 def _looks_like_path(source: str | Path) -> bool:
@@ -121,6 +138,11 @@ def _check_folder(source: str | Path) -> None:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             names = sorted(path.name for path in folder.iterdir())[:8]
+            if "adapter_config.json" in names:
+                raise FileNotFoundError(
+                    f"{folder} holds an adapter without its model. Load both with peft's `PeftModel.from_pretrained`; "
+                    f"`merge_and_unload().save_pretrained(...)` then writes a folder that stands alone."
+                )
             raise FileNotFoundError(
                 f"{folder} is no model folder: it has no config.json, but holds {names or 'nothing'}. Expected what "
                 f"`model.save_pretrained(...)` writes."
@@ -159,7 +181,8 @@ def _config_from_mapping(fields: dict[str, Any]) -> PretrainedConfig:
     except ValueError as error:
         raise ValueError(f"`model_type` {model_type!r} is not one that transformers knows.") from error
     known = _field_names(config)
-    for name in fields:
+    # What a configuration wrote itself may hold more fields than its class declares; what a person wrote is checked.
+    for name in () if is_complete(fields) else fields:
         if name not in known:
             close = difflib.get_close_matches(name, sorted(known), n=1)
             hint = f" Did you mean `{close[0]}`?" if close else ""

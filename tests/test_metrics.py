@@ -38,3 +38,17 @@ def test_sums_stay_exact_where_float32_would_stop_counting():
     assert metrics.num_tokens.item() == 2**24 + 1
     metrics.half()
     assert metrics.num_tokens.dtype == torch.float64
+
+
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16, torch.float32])
+def test_sums_keep_their_type_when_the_module_around_them_is_cast(cast):
+    """Lightning casts the whole LightningModule for precision='bf16-true'."""
+    module = torch.nn.ModuleDict({"metrics": LanguageModelingMetrics()})
+    module.to(dtype=cast)
+    for _ in range(3):
+        module["metrics"].update(TokenLoss(torch.tensor(2.0**24 + 2), torch.tensor(2**24 + 1)))
+        module["metrics"].to(dtype=cast)
+    assert module["metrics"].num_tokens.dtype == torch.float64
+    assert module["metrics"].num_tokens.item() == 3 * (2**24 + 1)
+    module["metrics"].reset()
+    assert module["metrics"].num_tokens.dtype == torch.float64

@@ -436,3 +436,81 @@ def test_plateau_schedule_watches_the_validation_loss(tiny_gpt2, quiet_trainer):
     trainer = quiet_trainer(max_epochs=2)
     trainer.fit(module, loader(ragged_rows(4)), loader(ragged_rows(4)))
     assert trainer.lr_scheduler_configs[0].monitor == "val/loss"
+
+
+def test_pure_bfloat16_keeps_rotary_frequencies_and_metric_sums_exact(tiny_llama, quiet_trainer):
+    rows = ragged_rows(8, vocab_size=300)
+    module = constant(tiny_llama)
+    trainer = quiet_trainer(precision="bf16-true")
+    trainer.validate(module, loader(rows), verbose=False)
+    assert module.model.dtype == torch.bfloat16
+    assert module.model.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert module.val_metrics.total_nats.dtype == torch.float64
+    exact = module.model.float()
+    total = sum(module.task.loss(exact, pad_rows(rows[i : i + 4])).total for i in (0, 4))
+    count = sum(int((row["labels"][1:] != -100).sum()) for row in rows)
+    assert trainer.callback_metrics["val/loss"].item() == pytest.approx((total / count).item(), rel=3e-3)
+
+
+def test_double_precision_casts_buffers_too(tiny_llama, quiet_trainer):
+    module = constant(tiny_llama)
+    quiet_trainer(precision="64-true").validate(module, loader(ragged_rows(4)), verbose=False)
+    assert module.model.model.rotary_emb.inv_freq.dtype == torch.float64
+
+
+def test_checkpoint_of_a_model_with_fields_its_class_does_not_declare_loads(tiny_llama, quiet_trainer, tmp_path):
+    """Configurations on the hub carry fields of their own; a person's misspelt field is refused all the same."""
+    config = AutoConfig.for_model(**tiny_llama, is_llama_config=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    module = constant(str(tmp_path / "model"))
+    trainer = quiet_trainer(max_steps=1)
+    trainer.fit(module, loader(ragged_rows(4)))
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    loaded = LLMModule.load_from_checkpoint(tmp_path / "run.ckpt")
+    assert loaded.config.is_llama_config is True
+    assert loaded.config.eos_token_id == config.eos_token_id
+
+
+def test_subclass_with_a_training_step_of_its_own_trains(tiny_gpt2, quiet_trainer):
+    class Own(LLMModule):
+        def training_step(self, batch, batch_idx):
+            return self.model(input_ids=batch["input_ids"]).logits.square().mean()
+
+    trainer = quiet_trainer(max_steps=2)
+    trainer.fit(Own(tiny_gpt2), loader(ragged_rows(8)))
+    assert trainer.global_step == 2
+
+
+def test_weights_that_are_already_bad_are_told_from_a_bad_step(tiny_gpt2, quiet_trainer):
+    class BadGradient(L.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            if trainer.global_step == 1:
+                next(pl_module.model.parameters()).grad.fill_(float("nan"))
+
+    with pytest.raises(NonFiniteLossError, match="weights are not finite either.* older than the last"):
+        quiet_trainer(max_epochs=1, callbacks=[BadGradient()]).fit(constant(tiny_gpt2), loader(ragged_rows(12)))
+
+
+class PackedData(FakeData):
+    windowing = "packed"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "isolated"), [("llama", True), ("gpt2", True), ("qwen3", True), ("mamba", False), ("opt", False)]
+)
+def test_models_that_let_packed_documents_see_each_other_are_refused(quiet_trainer, model_type, isolated):
+    size = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": 0, "eos_token_id": 0}
+    if model_type != "mamba":
+        size |= {"num_attention_heads": 2, "max_position_embeddings": 64}
+    if model_type in ("llama", "qwen3"):
+        size |= {"intermediate_size": 48, "num_key_value_heads": 2}
+    if model_type == "opt":
+        size |= {"ffn_dim": 48, "word_embed_proj_dim": 32, "pad_token_id": 0}
+    module = constant({"model_type": model_type, **size, "pad_token_id": 0})
+    trainer = quiet_trainer(max_steps=1)
+    if isolated:
+        trainer.fit(module, PackedData())
+        assert module.model.training
+    else:
+        with pytest.raises(ValueError, match=r"lets packed documents see each other.*windowing='windows'"):
+            trainer.fit(module, PackedData())

@@ -105,6 +105,28 @@ def test_positions_come_from_the_configuration(tiny_gpt2, tiny_llama):
     assert max_positions(resolve_config({"model_type": "mamba"})) is None
 
 
+def test_stretched_rotary_embeddings_reach_further(tiny_llama):
+    def limit(**rope):
+        return max_positions(resolve_config({**tiny_llama, "rope_parameters": {"rope_theta": 10000.0, **rope}}))
+
+    assert limit(rope_type="default") == 64
+    assert limit(rope_type="linear", factor=4.0) == 256
+    assert limit(rope_type="yarn", factor=4.0, original_max_position_embeddings=64) == 256
+    assert limit(rope_type="yarn", factor=4.0, original_max_position_embeddings=16) == 64
+
+
+def test_home_folder_is_expanded(tiny_gpt2, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    build(tiny_gpt2).save_pretrained(tmp_path / "model")
+    assert build("~/model").config.n_embd == 32
+
+
+def test_adapter_without_its_model_is_explained(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="holds an adapter without its model.*merge_and_unload"):
+        resolve_config(str(tmp_path))
+
+
 def test_dtype_by_name_or_default():
     assert resolve_dtype("bfloat16") == torch.bfloat16
     assert resolve_dtype("torch.float64") == torch.float64

@@ -8,7 +8,7 @@ from lightning_llm import LLMModule
 
 
 @pytest.mark.parametrize("pretrained", [False, True])
-def test_fsdp2_training_equals_one_process(run_ranks, tiny_gpt2, tmp_path, pretrained):
+def test_fsdp2_training_with_a_resume_equals_one_process_without(run_ranks, tiny_gpt2, tmp_path, pretrained):
     options = {"model": tiny_gpt2}  # tied embeddings; buffers that no state dict holds
     if pretrained:
         torch.manual_seed(1)
@@ -17,11 +17,11 @@ def test_fsdp2_training_equals_one_process(run_ranks, tiny_gpt2, tmp_path, pretr
         options["weights"] = str(tmp_path / "weights")
     first, second = run_ranks("fsdp_module", 2, **options)
     assert first["sharded"] == first["parameters"] > 10
-    assert first["error"] < 1e-12
+    assert first["error"] < 1e-11  # six steps of Adam amplify the rounding of the first
     assert first["val/loss"] == second["val/loss"] == pytest.approx(first["single val/loss"], rel=1e-12)
     assert first["export equal"]
     assert first["checkpoint equal"]
-    assert first["total_tokens"] == second["total_tokens"] == 12 * 11
+    assert first["total_tokens"] == second["total_tokens"] == 2 * 12 * 11
 
 
 def test_rotary_buffers_reach_every_rank(run_ranks, tiny_llama):

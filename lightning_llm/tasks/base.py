@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -30,6 +31,10 @@ class Task(ABC):
     @abstractmethod
     def score(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Run the model on a batch; return one value or more per row, for prediction."""
+
+    @abstractmethod
+    def packing_leak(self, model: nn.Module, device: torch.device) -> float:
+        """How much packed documents see of each other; 0 if they are isolated."""
 
     @abstractmethod
     def metrics(self) -> Metric:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -39,6 +40,22 @@ class CausalLM(Task):
         labels = _labels(batch)
         nll = token_nll(self._logits(model, batch), labels)
         return {"nll": nll.sum(1), "num_tokens": (shift_labels(labels) != IGNORE_INDEX).sum(1)}
+
+    def packing_leak(self, model: nn.Module, device: torch.device) -> float:
+        """Change the first of two packed documents; compare the change in the second's logits with that in its own."""
+        vocab_size = int(model.config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]
+        first, other, second = (torch.arange(8) * step % vocab_size for step in (1, 3, 5))
+        rows = torch.stack([torch.cat([first, second]), torch.cat([other, second])]).to(device)
+        positions = torch.arange(8, device=device).repeat(2).expand(2, -1)
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                logits = self._logits(model, {"input_ids": rows, "position_ids": positions}).float()
+        finally:
+            model.train(was_training)
+        change = (logits[0] - logits[1]).abs().amax(-1)  # (seq,)
+        return float(change[8:].max() / change[:8].max().clamp(min=1e-12))
 
     def metrics(self) -> Metric:
         """Loss, perplexity and bits per byte."""

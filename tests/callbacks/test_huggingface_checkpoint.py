@@ -149,6 +149,34 @@ def test_second_run_to_the_same_step_replaces_the_first(tiny_gpt2, tmp_path):
     assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000005-2"]
 
 
+def test_folders_that_others_wrote_are_left_alone(tiny_gpt2, tmp_path):
+    for name in ("step-100.ckpt", "step-00000099", "step-notes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("keep")
+    (tmp_path / "step-1.txt").write_text("keep")
+    module = LLMModule(tiny_gpt2)
+    module.configure_model()
+    for step in (1, 2):
+        write_folder(module.model, None, None, tmp_path, step, ["last"])
+    names = {path.name for path in tmp_path.glob("step-*")}
+    assert names == {"step-100.ckpt", "step-00000099", "step-notes", "step-1.txt", "step-00000002"}
+
+
+def test_two_that_write_to_one_folder_are_refused(tiny_gpt2, quiet_trainer, tmp_path):
+    exports = [HuggingFaceCheckpoint(str(tmp_path), monitor=name) for name in ("val/loss", "val/perplexity")]
+    with pytest.raises(ValueError, match=r"Two HuggingFaceCheckpoint callbacks write to .*Give each a `dirpath`"):
+        fit(quiet_trainer(max_epochs=1, callbacks=exports), LLMModule(tiny_gpt2))
+
+
+def test_best_is_written_anew_where_a_resumed_run_has_another_folder(tiny_gpt2, quiet_trainer, tmp_path):
+    for folder, score, epochs, ckpt_path in (("a", 1.0, 1, None), ("b", 5.0, 2, tmp_path / "run.ckpt")):
+        export = HuggingFaceCheckpoint(str(tmp_path / folder), monitor="val/score")
+        trainer = quiet_trainer(max_epochs=epochs, callbacks=[Scores([score]), export])
+        trainer.fit(LLMModule(tiny_gpt2), loader(ragged_rows(8)), loader(ragged_rows(4)), ckpt_path=ckpt_path)
+        trainer.save_checkpoint(tmp_path / "run.ckpt")
+        assert (tmp_path / folder / "best" / "model.safetensors").exists()
+
+
 def test_lora_adapters_are_written_alone(tiny_llama, quiet_trainer, tmp_path):
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoConfig

@@ -6,6 +6,7 @@ import lightning as L
 import pytest
 import torch
 from support import Plain, pad_rows, ragged_rows
+from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_llm import LLMModule
@@ -163,6 +164,26 @@ def test_tokens_are_counted_from_what_a_batch_has():
     mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]])
     assert count_tokens({"input_ids": ids, "attention_mask": mask}, {"num_tokens": 5})[:2] == (5, 7)
     assert count_tokens({"input_ids": ids, "num_input_tokens": torch.tensor([1, 2])}, None).real == 3
+
+
+def test_mixture_of_experts_and_unknown_models_have_no_utilisation():
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from lightning_llm.flops import training_flops_per_token
+
+    size = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    config = AutoConfig.for_model("mixtral", **size, num_attention_heads=2, num_key_value_heads=2, num_local_experts=4)
+    assert training_flops_per_token(AutoModelForCausalLM.from_config(config), 64) is None
+    assert training_flops_per_token(nn.Linear(2, 2), 64) is None
+
+
+def test_entries_that_a_logger_would_miss_are_announced(tiny_gpt2, quiet_trainer, tmp_path):
+    from lightning.pytorch.loggers import CSVLogger
+
+    callbacks = [TokenThroughput(every_n_steps=3)]
+    trainer = quiet_trainer(max_steps=1, log_every_n_steps=2, logger=CSVLogger(tmp_path), callbacks=callbacks)
+    with pytest.warns(UserWarning, match="no multiple of the Trainer's log_every_n_steps=2"):
+        trainer.fit(LLMModule(tiny_gpt2), loader(ragged_rows(4)))
 
 
 def test_interval_must_be_positive():

@@ -145,6 +145,19 @@ def test_column_of_another_type_is_refused(tmp_path):
         texts(path)
 
 
+def test_data_set_rows_without_text_are_named(caplog):
+    import datasets
+
+    from lightning_llm.datamodules.sources import DatasetSource
+
+    dataset = datasets.Dataset.from_dict({"text": ["one", None, "three"], "id": [1, 2, 3]})
+    with pytest.raises(CorruptDataError, match="set, row 1: column 'text' should hold text, but holds NoneType"):
+        list(DatasetSource(dataset, "set", "text", skip_corrupt=False).documents())
+    with pytest.raises(CorruptDataError, match="row 0: column 'id' should hold text, but holds int"):
+        list(DatasetSource(dataset, "set", "id", skip_corrupt=False).documents())
+    assert len(list(DatasetSource(dataset, "set", "text", skip_corrupt=True).documents())) == 2
+
+
 def test_text_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     with pytest.raises(CorruptDataError, match=r"latin.txt is not UTF-8 text \(byte 0"):

@@ -140,6 +140,23 @@ def test_no_validation_if_none_is_wanted(make, tiny_llama, quiet_trainer):
     assert "val/loss" not in trainer.callback_metrics
 
 
+def test_no_test_documents_is_an_error_and_not_the_training_score(make):
+    module = make(validation_fraction=0.0)
+    with pytest.raises(ValueError, match="no test documents: all are trained on. Pass test_data="):
+        module.setup("test")
+
+
+def test_workers_get_the_place_of_the_tokens_and_not_the_tokens(make):
+    import pickle
+
+    module = make()
+    module.setup("fit")
+    dataset = module.train_dataloader().dataset
+    sent = pickle.dumps(dataset.store)
+    assert len(sent) < 500
+    assert np.array_equal(pickle.loads(sent).tokens, dataset.store.tokens)
+
+
 def test_documents_windowing_says_what_it_leaves_out(make):
     with pytest.warns(
         UserWarning, match=r"leaves out [\d,]+ of [\d,]+ tokens \(\d+%\).*'packed' and 'windows' lose none"
@@ -148,13 +165,18 @@ def test_documents_windowing_says_what_it_leaves_out(make):
 
 
 def test_no_document_long_enough_is_explained(make):
-    with pytest.raises(ValueError, match=r"No document is left for train: of 40 .* 100000 tokens or more .*longest"):
+    with pytest.raises(
+        ValueError, match=r"No document is left for train: of 40 .* 100000 tokens or more .*the longest has \d+"
+    ):
         make(min_length=100_000).setup("fit")
 
 
 def test_no_validation_document_is_explained(make, tmp_path):
     data = write_documents(tmp_path / "one.jsonl", [10])
-    with pytest.raises(ValueError, match=r"No document is left for (train|validation): of 1 .*validation_fraction"):
+    with pytest.raises(
+        ValueError,
+        match=r"for (train|validation): of 1 .*none was drawn .*validation_fraction=0.05 .*validation_fraction=0 to train",
+    ):
         make(data=data).setup("fit")
 
 

@@ -40,44 +40,42 @@ def main(folder: Path, model: dict, weights: str | None = None) -> None:
         "default_root_dir": folder,
     }
 
-    module = build(source, gradient_checkpointing=True)
-    export = HuggingFaceCheckpoint(str(folder / "hf"), monitor="val/loss")
-    speed = TokenThroughput(every_n_steps=1)
-    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
-    trainer = L.Trainer(
-        devices=2,
-        strategy=strategy,
-        max_epochs=1,
-        gradient_clip_val=1.0,
-        callbacks=[export, speed],
-        enable_checkpointing=False,
-        num_sanity_val_steps=0,
-        **options,
-    )
-    trainer.fit(module, Shard([step[rank] for step in steps]), Shard([steps[0][rank]]))
+    # one epoch, a checkpoint, and a second epoch by a new process's objects that resume from it
+    for max_epochs, ckpt_path in ((1, None), (2, folder / "module.ckpt")):
+        module = build(source, gradient_checkpointing=True)
+        export = HuggingFaceCheckpoint(str(folder / "hf"), monitor="val/loss")
+        speed = TokenThroughput(every_n_steps=1)
+        strategy = ModelParallelStrategy(
+            data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
+        trainer = L.Trainer(
+            devices=2,
+            strategy=strategy,
+            max_epochs=max_epochs,
+            gradient_clip_val=1.0,
+            callbacks=[export, speed],
+            enable_checkpointing=False,
+            num_sanity_val_steps=0,
+            **options,
+        )
+        batches = Shard([step[rank] for step in steps])
+        trainer.fit(module, batches, Shard([steps[0][rank]]), ckpt_path=ckpt_path)
+        trainer.save_checkpoint(folder / "module.ckpt")
     sharded = [name for name, p in module.model.named_parameters() if isinstance(p, DTensor)]
     result = {"sharded": len(sharded), "parameters": len(list(module.model.named_parameters()))}
     result["val/loss"] = trainer.callback_metrics["val/loss"].item()
     result["total_tokens"] = speed.total_tokens
-    trainer.save_checkpoint(folder / "module.ckpt")
     full = {name: p.full_tensor() for name, p in module.model.named_parameters()}
 
     if rank == 0:
         # the same run in one process, on the joined batches
-        for name in (
-            "RANK",
-            "LOCAL_RANK",
-            "WORLD_SIZE",
-            "LOCAL_WORLD_SIZE",
-            "GROUP_RANK",
-            "TORCHELASTIC_RUN_ID",
-        ):
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_RUN_ID"):
             os.environ.pop(name, None)
         torch.distributed.destroy_process_group()
         joined = [{key: torch.cat([a[key], b[key]]) for key in a} for a, b in steps]
         plain = build(source)
         single = L.Trainer(
-            devices=1, max_epochs=1, gradient_clip_val=1.0, enable_checkpointing=False, num_sanity_val_steps=0,
+            devices=1, max_epochs=2, gradient_clip_val=1.0, enable_checkpointing=False, num_sanity_val_steps=0,
             **options,
         )  # fmt: skip
         single.fit(plain, Shard(joined), Shard(joined[:1]))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import torch
@@ -12,20 +11,14 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
+from lightning_llm.compatibility import check_isolation, check_length, check_vocabulary
 from lightning_llm.duration import Duration
 from lightning_llm.loss import NonFiniteLossError, TokenLoss
 from lightning_llm.optimizers import make_adamw, make_schedule
-from lightning_llm.pretrained import build_model, is_complete, max_positions, resolve_config, resolve_dtype
+from lightning_llm.pretrained import build_model, is_complete, resolve_config, resolve_dtype
 from lightning_llm.sharding import build_sharded
+from lightning_llm.step_window import MicroBatch, StepWindow
 from lightning_llm.tasks import TASKS
-
-
-class _MicroBatch(NamedTuple):
-    """What the optimizer step has to remember of a micro-batch whose gradient has been added."""
-
-    batch_idx: int
-    row_ids: Any
-    loss: TokenLoss
 
 
 class LLMModule(L.LightningModule):
@@ -110,8 +103,8 @@ class LLMModule(L.LightningModule):
         self.val_metrics = self.task.metrics()
         self.test_metrics = self.task.metrics()
         self.tokens_seen = 0
-        self._micro_batch: _MicroBatch | None = None
-        self._window: list[_MicroBatch] = []
+        self._micro_batch: MicroBatch | None = None
+        self._window = StepWindow()
         self._isolation_checked = False
         self._prepared = False
 
@@ -122,10 +115,13 @@ class LLMModule(L.LightningModule):
         datamodule = getattr(self.trainer, "datamodule", None)
         tokenizer = getattr(datamodule, "tokenizer", None)
         if tokenizer is not None:
-            self._check_vocabulary(tokenizer)
+            check_vocabulary(self.config, tokenizer)
+            if isinstance(self.source, (dict, PretrainedConfig)) and not is_complete(self.source):
+                for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # random weights know no special tokens
+                    setattr(self.config, name, getattr(tokenizer, name, None))
         length = getattr(datamodule, "max_length", None)
         if length is not None:
-            self._check_length(length, "the data module's `max_length`")
+            check_length(self.config, length, "the data module's `max_length`")
 
     def configure_model(self) -> None:
         """Build the model where the strategy wants it: sharded over its device mesh, else whole on the host."""
@@ -193,8 +189,6 @@ class LLMModule(L.LightningModule):
             model.train(was_training)
         return tokens
 
-    # ---- packed documents ----------------------------------------------------------------------------------------
-
     def on_fit_start(self) -> None:
         """Refuse a model that lets packed documents see each other."""
         self._check_isolation()
@@ -217,7 +211,7 @@ class LLMModule(L.LightningModule):
         """Mean loss over the batch's label tokens (nats), and their number."""
         loss = self._loss(batch)
         detached = TokenLoss(loss.total.detach(), loss.num_tokens)
-        self._micro_batch = _MicroBatch(batch_idx, batch.get("row_ids"), detached)
+        self._micro_batch = MicroBatch(batch_idx, batch.get("row_ids"), detached)
         return {"loss": loss.mean, "num_tokens": loss.num_tokens}
 
     def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
@@ -227,7 +221,7 @@ class LLMModule(L.LightningModule):
     def on_after_backward(self) -> None:
         """Count the micro-batch, now that its gradient is there."""
         if self._micro_batch is not None:  # a subclass may have a training step of its own
-            self._window.append(self._micro_batch)
+            self._window.add(self._micro_batch)
         self._micro_batch = None
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -237,14 +231,11 @@ class LLMModule(L.LightningModule):
         """
         if not self._window:
             return
-        exact = torch.float32 if self.device.type == "mps" else torch.float64
-        totals = torch.stack([micro.loss.total for micro in self._window]).to(exact)
-        tokens = torch.stack([micro.loss.num_tokens for micro in self._window]).to(exact)
-        bad = ~totals.isfinite()
-        sums = torch.stack([totals.sum(), tokens.sum(), bad.sum().to(exact)])
-        total, num_tokens, num_bad = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        sums = self.trainer.strategy.reduce(self._window.sums(), reduce_op="sum")
+        total, num_tokens, num_bad = sums.tolist()
         if num_bad:
-            raise NonFiniteLossError(self._describe_bad(bad.tolist(), totals.tolist()))
+            where = f"optimizer step {self.global_step}, epoch {self.current_epoch}"
+            raise NonFiniteLossError(self._window.describe_bad(where, self.global_rank, self._built()))
         self._window.clear()
         self.tokens_seen += int(num_tokens)
         if num_tokens:
@@ -323,48 +314,16 @@ class LLMModule(L.LightningModule):
     def _loss(self, batch: Mapping[str, Any]) -> TokenLoss:
         input_ids = batch.get("input_ids")
         if isinstance(input_ids, Tensor):
-            self._check_length(input_ids.shape[-1], "a batch")
+            check_length(self.config, input_ids.shape[-1], "a batch")
         return self.task.loss(self._built(), batch)
 
-    def _check_length(self, length: int, where: str) -> None:
-        limit = max_positions(self.config)
-        if limit is not None and length > limit:
-            raise ValueError(
-                f"The model has {limit} positions (max_position_embeddings), but {where} has {length} tokens. Lower "
-                f"the data module's `max_length`, or choose a model with more positions."
-            )
-
     def _check_isolation(self) -> None:
-        """Run a packed row twice, once with another first document: the second must not notice.
-
-        Whether ``position_ids`` that restart keep documents apart depends on the model; many ignore them in silence.
-        """
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if self._isolation_checked or getattr(datamodule, "windowing", None) != "packed":
-            return
-        self._isolation_checked = True
-        with self.trainer.precision_plugin.forward_context():
-            leak = self.task.packing_leak(self._built(), self.device)
-        half = next(self._built().parameters()).dtype.itemsize < 4 or "mixed" in str(self.trainer.precision)
-        if leak > (1e-2 if half else 1e-4):
-            raise ValueError(
-                f"{type(self.model).__name__} lets packed documents see each other: changing the first of two in a "
-                f"row changes the second's logits by {leak:.1%} of the change in the first's. Use "
-                f"TextDataModule(windowing='windows') or 'documents', one document a row."
-            )
-
-    def _check_vocabulary(self, tokenizer: Any) -> None:
-        vocab_size = self.config.get_text_config().vocab_size
-        if len(tokenizer) > vocab_size:
-            raise ValueError(
-                f"The tokenizer has {len(tokenizer)} tokens, but the model's vocabulary only {vocab_size} "
-                f"(vocab_size). Use the model's own tokenizer, set `vocab_size: {len(tokenizer)}` in the model's "
-                f"configuration, or call `model.resize_token_embeddings({len(tokenizer)})` and pass the built model."
-            )
-        is_random = isinstance(self.source, (dict, PretrainedConfig)) and not is_complete(self.source)
-        if is_random:  # random weights: the special tokens are the tokenizer's
-            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-                setattr(self.config, name, getattr(tokenizer, name, None))
+        """Once, where rows are packed: every rank takes part, as a sharded forward needs them all."""
+        packed = getattr(getattr(self.trainer, "datamodule", None), "windowing", None) == "packed"
+        if packed and not self._isolation_checked:
+            with self.trainer.precision_plugin.forward_context():
+                check_isolation(self.task, self._built(), self.device)
+            self._isolation_checked = True
 
     def _prepare_layers(self, model: nn.Module) -> None:
         if self.gradient_checkpointing:
@@ -407,30 +366,6 @@ class LLMModule(L.LightningModule):
             prog_bar=stage == "val",
             sync_dist=True,  # already equal on all ranks; said so that Lightning does not warn
             batch_size=1,
-        )
-
-    def _describe_bad(self, bad: list[bool], totals: list[float]) -> str:
-        where = "on another rank"
-        for micro, is_bad, total in zip(self._window, bad, totals, strict=True):
-            if is_bad:
-                ids = micro.row_ids.tolist() if isinstance(micro.row_ids, Tensor) else micro.row_ids
-                value = "nan" if math.isnan(total) else "infinite"
-                rows = f"row_ids {ids}" if ids is not None else "no `row_ids` in the batch"
-                where = f"{value} in batch {micro.batch_idx} of rank {self.global_rank} ({rows})"
-                break
-        return (
-            f"The loss is not finite at optimizer step {self.global_step}, epoch {self.current_epoch}: {where}. "
-            f"{self._describe_weights()} Look at those rows; else lower the learning rate, lengthen the warm-up, clip "
-            f"gradients (Trainer(gradient_clip_val=1.0)), or use bfloat16 instead of float16."
-        )
-
-    def _describe_weights(self) -> str:
-        local = (getattr(p, "to_local", lambda p=p: p)() for p in self._built().parameters())
-        if all(bool(shard.isfinite().all()) for shard in local):
-            return "The step was not applied: the weights are finite, and so are the checkpoints written before it."
-        return (
-            "The weights are not finite either: a step before this one had a finite loss but gradients that were not. "
-            "Resume from a checkpoint older than the last."
         )
 
     def _model_hyper_parameter(self) -> dict[str, Any] | None:

@@ -175,7 +175,7 @@ def test_no_validation_document_is_explained(make, tmp_path):
     data = write_documents(tmp_path / "one.jsonl", [10])
     with pytest.raises(
         ValueError,
-        match=r"for (train|validation): of 1 .*none was drawn .*validation_fraction=0.05 .*validation_fraction=0 to train",
+        match=r"for (train|validation): of 1 .*none was drawn .*0.05 .*validation_fraction=0 to train",
     ):
         make(data=data).setup("fit")
 

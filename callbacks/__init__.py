@@ -2,6 +2,7 @@
 
 from lightning_llm.callbacks.huggingface_checkpoint import HuggingFaceCheckpoint
 from lightning_llm.callbacks.token_throughput import TokenThroughput
+from lightning_llm.callbacks.token_weighted_accumulation import TokenWeightedAccumulation
 from lightning_llm.callbacks.training_report import TrainingReport
 
-__all__ = ["HuggingFaceCheckpoint", "TokenThroughput", "TrainingReport"]
+__all__ = ["HuggingFaceCheckpoint", "TokenThroughput", "TokenWeightedAccumulation", "TrainingReport"]

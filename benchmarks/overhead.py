@@ -22,7 +22,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, get_scheduler
 
 from lightning_llm import LLMModule
-from lightning_llm.callbacks import TokenThroughput
+from lightning_llm.callbacks import TokenThroughput, TokenWeightedAccumulation
 from lightning_llm.datamodules import TextDataModule
 from lightning_llm.optimizers import decay_groups
 
@@ -184,6 +184,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--progress_bar", action="store_true")
+    parser.add_argument("--only", default="", help="run the set-ups whose name holds this")
     options = parser.parse_args()
     device = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     versions = f"torch {torch.__version__}, lightning {L.__version__}, transformers {transformers.__version__}"
@@ -194,10 +195,13 @@ def main() -> None:
         "bare loop (control)": None,
         "LLMModule": list,
         "LLMModule + TokenThroughput": lambda: [TokenThroughput(every_n_steps=10)],
+        "LLMModule + TokenWeightedAccumulation": lambda: [TokenWeightedAccumulation()],
     }
     for name, make_callbacks in setups.items():
+        if options.only not in name:
+            continue
         bare, ours, ratio = compare(options, make_callbacks)
-        print(f"{name:<30} bare {bare * 1e3:8.2f} ms   ours {ours * 1e3:8.2f} ms   ratio {ratio:.3f}")
+        print(f"{name:<38} bare {bare * 1e3:8.2f} ms   ours {ours * 1e3:8.2f} ms   ratio {ratio:.3f}")
 
 
 if __name__ == "__main__":

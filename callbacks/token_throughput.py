@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_llm.flops import peak_flops, training_flops_per_token
+from lightning_llm.parallel import data_parallel_size
 
 
 class TokenCount(NamedTuple):
@@ -175,8 +176,7 @@ class TokenThroughput(L.Callback):
         counted = self._counted if self._counted is not None else torch.zeros(2, device=trainer.strategy.root_device)
         host = counted.new_tensor([float(self._positions), self._model_flops])
         total = trainer.strategy.reduce(torch.cat([counted, host]), reduce_op="sum")
-        layout = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
-        share = layout.get("num_replicas", 1) / trainer.world_size  # ranks that split a layer share one batch
+        share = data_parallel_size(trainer) / trainer.world_size  # ranks that split a layer share one batch
         return [value * share for value in total.tolist()]
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

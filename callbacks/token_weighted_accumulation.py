@@ -10,6 +10,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from lightning_llm.parallel import data_parallel_size
+
 
 class _Contribution(NamedTuple):
     """Weight and mean loss of one micro-batch, both of shape (), on the device."""
@@ -138,7 +140,7 @@ class TokenWeightedAccumulation(L.Callback):
                 "its gradient would spoil the whole step. Return a sum divided by max(num_tokens, 1)."
             )
         assert self._window_unit is not None
-        factor = step_factor(weight, float(self._window_unit), _data_parallel_size(trainer))
+        factor = step_factor(weight, float(self._window_unit), data_parallel_size(trainer))
         if factor == 0.0:
             for parameter in _parameters(optimizer):
                 parameter.grad = None  # nothing to learn from: no momentum, no decay either
@@ -218,7 +220,7 @@ class TokenWeightedAccumulation(L.Callback):
         It keeps weighted gradients as large as Lightning's own, so that half precision neither overflows nor
         underflows. With one micro-batch on one rank it is that batch's own weight: the factor is exactly 1 then.
         """
-        alone = _data_parallel_size(trainer) == 1
+        alone = data_parallel_size(trainer) == 1
         if alone and trainer.accumulate_grad_batches == 1:
             return weight.clamp(min=1)
         if self.unit is None:  # the run's first window
@@ -235,7 +237,7 @@ class TokenWeightedAccumulation(L.Callback):
         sums = torch.stack([weights.sum(), weighted.sum(), torch.ones_like(weights).sum(), bad.sum()])
         if trainer.world_size > 1:
             sums = trainer.strategy.reduce(sums, reduce_op="sum")
-        share = _data_parallel_size(trainer) / trainer.world_size  # ranks that split a layer share one batch
+        share = data_parallel_size(trainer) / trainer.world_size  # ranks that split a layer share one batch
         return [value * share for value in sums.tolist()]
 
 
@@ -274,9 +276,3 @@ def scale_gradients(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _data_parallel_size(trainer: L.Trainer) -> int:
-    """Ranks that hold different batches; ranks that split a layer among them (tensor parallel) count once."""
-    layout = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
-    return int(layout.get("num_replicas", trainer.world_size))

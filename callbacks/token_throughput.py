@@ -81,6 +81,9 @@ class TokenThroughput(L.Callback):
         peak_flops: Of one device, in FLOP/s, where it is not known by name.
     """
 
+    _counted: Tensor | None  # label and real tokens of this rank since the last entry, on the device
+    _counted_at_step: Tensor | None  # the same, at the end of the last optimizer step
+
     def __init__(
         self,
         every_n_steps: int | None = None,
@@ -97,7 +100,7 @@ class TokenThroughput(L.Callback):
         self.total_tokens = 0
         self._trainer: L.Trainer | None = None
         self._paused_at: float | None = None
-        self._last_step = 0
+        self._last_step = self._counted_step = 0
         self._model_flops = 0.0
         self._clear()
 
@@ -108,7 +111,7 @@ class TokenThroughput(L.Callback):
         self._trainer = trainer
         if self.peak_flops is None:
             self.peak_flops = peak_flops(trainer.strategy.root_device, _compute_dtype(trainer, pl_module))
-        self._last_step = trainer.global_step
+        self._last_step = self._counted_step = trainer.global_step
         self._flops_of_length: dict[int, float] = {}
         interval = getattr(trainer, "log_every_n_steps", 1)
         if trainer.loggers and self.every_n_steps and interval and self.every_n_steps % interval:
@@ -126,6 +129,10 @@ class TokenThroughput(L.Callback):
         self._add(count, trainer.strategy.root_device)
         if self.peak_flops:
             self._model_flops += self._flops_per_token(pl_module, batch) * count.positions
+        if trainer.global_step == self._counted_step:
+            return  # inside an accumulation window
+        self._counted_step = trainer.global_step
+        self._counted_at_step = self._counted
         every = self.every_n_steps or max(getattr(trainer, "log_every_n_steps", 1), 1)
         if trainer.global_step > self._last_step and trainer.global_step % every == 0:
             self._log(trainer, pl_module)
@@ -142,13 +149,13 @@ class TokenThroughput(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count what came after the last entry."""
-        self.total_tokens += int(self._sums(trainer)[0])
+        self.total_tokens += int(self._sums(trainer, self._counted)[0])
         self._clear()
         self._trainer = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Label tokens of the run so far, over all ranks (every rank takes part when a checkpoint is written)."""
-        pending = int(self._sums(self._trainer)[0]) if self._trainer is not None else 0
+        """Label tokens up to the last optimizer step, over all ranks, which all take part in writing a checkpoint."""
+        pending = int(self._sums(self._trainer, self._counted_at_step)[0]) if self._trainer is not None else 0
         return {"total_tokens": self.total_tokens + pending}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -158,7 +165,8 @@ class TokenThroughput(L.Callback):
     # ---- details -------------------------------------------------------------------------------------------------
 
     def _clear(self) -> None:
-        self._counted: Tensor | None = None  # label and real tokens of this rank, on the device
+        self._counted = None
+        self._counted_at_step = None
         self._positions = 0
         self._model_flops = 0.0
         self._started_at = time.perf_counter()
@@ -171,16 +179,17 @@ class TokenThroughput(L.Callback):
         self._counted = pair if self._counted is None else self._counted + pair
         self._positions += count.positions
 
-    def _sums(self, trainer: L.Trainer) -> list[float]:
+    def _sums(self, trainer: L.Trainer, counted: Tensor | None) -> list[float]:
         """Label tokens, real tokens, positions and model FLOPs since the last entry, over all data-parallel ranks."""
-        counted = self._counted if self._counted is not None else torch.zeros(2, device=trainer.strategy.root_device)
+        if counted is None:
+            counted = torch.zeros(2, device=trainer.strategy.root_device)
         host = counted.new_tensor([float(self._positions), self._model_flops])
         total = trainer.strategy.reduce(torch.cat([counted, host]), reduce_op="sum")
         share = data_parallel_size(trainer) / trainer.world_size  # ranks that split a layer share one batch
         return [value * share for value in total.tolist()]
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        label, real, positions, flops = self._sums(trainer)  # waits for the device
+        label, real, positions, flops = self._sums(trainer, self._counted)  # waits for the device
         seconds = time.perf_counter() - self._started_at
         steps = trainer.global_step - self._last_step
         self.total_tokens += int(label)

@@ -10,6 +10,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from lightning_llm.callbacks.counting import num_samples
+from lightning_llm.callbacks.gradients import parameters_of, scale_gradients
 from lightning_llm.parallel import data_parallel_size
 
 
@@ -67,6 +69,8 @@ class TokenWeightedAccumulation(L.Callback):
     References:
         Lightning issues 20350 (mean of means) and 19987 (short last window).
     """
+
+    normalizes_gradients = True  # whatever the number of micro-batches: others need not
 
     def __init__(
         self,
@@ -142,7 +146,7 @@ class TokenWeightedAccumulation(L.Callback):
         assert self._window_unit is not None
         factor = step_factor(weight, float(self._window_unit), data_parallel_size(trainer))
         if factor == 0.0:
-            for parameter in _parameters(optimizer):
+            for parameter in parameters_of(optimizer):
                 parameter.grad = None  # nothing to learn from: no momentum, no decay either
         else:
             scale_gradients(optimizer, factor)
@@ -239,40 +243,3 @@ class TokenWeightedAccumulation(L.Callback):
             sums = trainer.strategy.reduce(sums, reduce_op="sum")
         share = data_parallel_size(trainer) / trainer.world_size  # ranks that split a layer share one batch
         return [value * share for value in sums.tolist()]
-
-
-def num_samples(batch: Any) -> int:
-    """Rows of a batch: the first dimension of the first tensor in it.
-
-    Raises:
-        TypeError: If there is no tensor in it.
-    """
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.ndim else 1
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
-    for value in values:
-        try:
-            return num_samples(value)
-        except TypeError:
-            continue
-    raise TypeError(f"Cannot count the rows of a {type(batch).__name__} without a tensor. Pass weight_fn=...")
-
-
-@torch.no_grad()
-def scale_gradients(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Multiply the gradients of an optimizer's parameters in place; a factor of 1 touches nothing."""
-    if factor == 1.0:
-        return
-    groups: dict[Any, list[Tensor]] = {}
-    for parameter in _parameters(optimizer):
-        gradient = parameter.grad
-        if gradient is not None and gradient.is_sparse:
-            gradient.mul_(factor)
-        elif gradient is not None:
-            groups.setdefault((type(gradient), gradient.device, gradient.dtype), []).append(gradient)
-    for gradients in groups.values():
-        torch._foreach_mul_(gradients, factor)
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -73,6 +73,16 @@ class RowLoader:
         """Choose the order of the next iteration."""
         self.epoch = epoch
 
+    @property
+    def batch_size(self) -> int:
+        """Rows per rank in a batch, under the name that a ``DataLoader`` has for it."""
+        return self.micro_batch_size
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Label tokens of all ranks in an epoch."""
+        return self.dataset.table.num_label_tokens
+
     def __len__(self) -> int:
         num_rows, global_batch = len(self.dataset), self.micro_batch_size * self.world_size
         return num_rows // global_batch if self.drop_last else -(-num_rows // global_batch)

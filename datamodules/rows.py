@@ -52,6 +52,11 @@ class RowTable:
         return int(self.length.sum())
 
     @property
+    def num_label_tokens(self) -> int:
+        """Targets in all rows: a window's first token has nothing before it, and context is scored elsewhere."""
+        return int((self.length - np.maximum(self.num_context, 1)).clip(min=0).sum())
+
+    @property
     def fill(self) -> float:
         """Share of the positions that hold a token, if every row is padded to ``max_length``."""
         return self.num_tokens / max(len(self) * self.max_length, 1)

@@ -9,11 +9,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_llm.duration import Duration
     from lightning_llm.module import LLMModule
+    from lightning_llm.run_length import total_optimizer_steps
+    from lightning_llm.schedule import Progress, Schedule
 
 __version__ = "0.1.0"
-__all__ = ["Duration", "LLMModule", "__version__"]
+__all__ = ["Duration", "LLMModule", "Progress", "Schedule", "__version__", "total_optimizer_steps"]
 
-_HOME = {"Duration": "lightning_llm.duration", "LLMModule": "lightning_llm.module"}
+_HOME = {
+    "Duration": "lightning_llm.duration",
+    "LLMModule": "lightning_llm.module",
+    "Progress": "lightning_llm.schedule",
+    "Schedule": "lightning_llm.schedule",
+    "total_optimizer_steps": "lightning_llm.run_length",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,7 @@ from lightning_llm.duration import Duration
 from lightning_llm.loss import NonFiniteLossError, TokenLoss
 from lightning_llm.optimizers import make_adamw, make_schedule
 from lightning_llm.pretrained import build_model, is_complete, resolve_config, resolve_dtype
+from lightning_llm.run_length import total_optimizer_steps
 from lightning_llm.sharding import build_sharded
 from lightning_llm.step_window import MicroBatch, StepWindow
 from lightning_llm.tasks import TASKS
@@ -253,7 +254,7 @@ class LLMModule(L.LightningModule):
         schedule = make_schedule(
             self.lr_schedule,
             optimizer,
-            total_steps=self._total_steps(),
+            total_steps=total_optimizer_steps(self.trainer),
             warmup=self.warmup,
             tokens_seen=lambda: self.tokens_seen,
             options=self.lr_schedule_options,
@@ -352,11 +353,6 @@ class LLMModule(L.LightningModule):
                 "ModelParallelStrategy(tensor_parallel_size=1)."
             )
         return mesh["data_parallel"] if mesh.mesh_dim_names else mesh
-
-    def _total_steps(self) -> float:
-        """Optimizer steps of the run; infinite if no limit is set."""
-        steps = self.trainer.estimated_stepping_batches
-        return float("inf") if steps < 0 else float(steps)
 
     def _log_metrics(self, stage: str, metrics: Any) -> None:
         values = metrics.compute()

@@ -18,3 +18,13 @@ def data_parallel_size(trainer: L.Trainer) -> int:
     """
     layout = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
     return int(layout.get("num_replicas", trainer.world_size))
+
+
+def data_parallel_rank(trainer: L.Trainer) -> int:
+    """This rank's number among the data-parallel ranks; ranks that split a layer among them share one.
+
+    Args:
+        trainer: With its strategy set up.
+    """
+    layout = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
+    return int(layout.get("rank", trainer.global_rank))

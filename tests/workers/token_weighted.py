@@ -10,10 +10,9 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[1] / "callbacks"))
 from ddp_module import Shard
 from support import TINY_GPT2, pad_rows
-from test_token_weighted_accumulation import GLOBAL_BATCH, Losses, Module, big_batch, rows, weights
+from token_training import GLOBAL_BATCH, Losses, Module, big_batch, rows, weights
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 

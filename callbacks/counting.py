@@ -1,0 +1,48 @@
+"""What a batch holds: rows, and label tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+def num_samples(batch: Any) -> int:
+    """Rows of a batch: the first dimension of the first tensor in it.
+
+    Raises:
+        TypeError: If there is no tensor in it.
+    """
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.ndim else 1
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
+    for value in values:
+        try:
+            return num_samples(value)
+        except TypeError:
+            continue
+    raise TypeError(f"Cannot count the rows of a {type(batch).__name__} without a tensor. Pass a function that does.")
+
+
+def num_label_tokens(batch: Any) -> Tensor:
+    """Label tokens of a Hugging Face batch for a causal language model, whose rows' first tokens are no targets.
+
+    Args:
+        batch: A mapping with unshifted ``labels`` (batch, seq), -100 where there is no target.
+
+    Returns:
+        Tensor of shape (), on the batch's device.
+
+    Raises:
+        TypeError: If the batch is of another kind.
+    """
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, Tensor):
+        raise TypeError(
+            f"Label tokens are counted in mappings with a tensor `labels`, but got {type(batch).__name__}. Pass "
+            f"token_fn=lambda batch: ..., or count sequences instead."
+        )
+    return (labels[..., 1:] != IGNORE_INDEX).sum()

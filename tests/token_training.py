@@ -49,15 +49,15 @@ def weights(module):
     return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
 
 
-def big_batch(config, optimizer, clip, data=None, epochs=EPOCHS):
-    """The truth: a bare loop over whole batches of 16 rows; also the token mean of each step."""
+def big_batch(config, optimizer, clip, data=None, epochs=EPOCHS, global_batch=GLOBAL_BATCH):
+    """The truth: a bare loop over whole batches; also the token mean of each step."""
     module, data = Module(config, optimizer), data or rows()
     stepper = module.configure_optimizers()
     losses = []
     for _ in range(epochs):
-        for begin in range(0, len(data), GLOBAL_BATCH):
+        for begin in range(0, len(data), global_batch):
             stepper.zero_grad()
-            output = module.training_step(pad_rows(data[begin : begin + GLOBAL_BATCH]), 0)
+            output = module.training_step(pad_rows(data[begin : begin + global_batch]), 0)
             output["loss"].backward()
             if clip:
                 nn.utils.clip_grad_norm_(module.parameters(), clip)

@@ -81,6 +81,14 @@ def test_two_ranks_with_unequal_tokens_equal_the_big_batch(run_ranks, strategy):
     assert first["losses"] == second["losses"] == pytest.approx(first["true losses"], rel=1e-6)
 
 
+def test_ranks_that_split_a_layer_count_a_batch_once(run_ranks):
+    results = run_ranks("tensor_parallel_weights", 4, time_limit=180)
+    for result in results:
+        assert result["sampler"]["num_replicas"] == 2  # of four ranks
+        assert result["error"] < 1e-12
+        assert result["loss"] == pytest.approx(result["true loss"], rel=1e-6)
+
+
 class Regression(Plain):
     """Not text: a squared error per row, returned as a bare tensor."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
@@ -11,7 +13,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_llm.callbacks.accumulation_window import AccumulationWindow, WindowStart, seed_window
+from lightning_llm.callbacks.accumulation_window import AccumulationWindow, WindowStart, is_cut_stream, seed_window
 from lightning_llm.callbacks.counting import num_label_tokens, num_samples
 from lightning_llm.callbacks.gradients import scale_gradients
 from lightning_llm.parallel import data_parallel_rank, data_parallel_size
@@ -55,7 +57,7 @@ class AccumulationSchedule(L.Callback):
         token_fn: ``batch -> number of label tokens``, where tokens are counted and batches are not Hugging Face's.
         seed_steps: Seed the random generators at each window's start, as a function of the run's seed, the optimizer
             step and the rank, so that dropout is the same after a resume. False leaves the generators alone.
-        log_name: Name under which K is logged; None for none.
+        log_name: Name under which the number of micro-batches in the step is logged; None for none.
 
     Raises:
         ValueError: For milestones that are no schedule or ask for less than one micro-batch; with manual
@@ -86,7 +88,7 @@ class AccumulationSchedule(L.Callback):
         self.token_fn = token_fn or num_label_tokens
         self.seed_steps = seed_steps
         self.log_name = log_name
-        self.global_batch = self.schedule.values[0]  # wanted in the current window, in units of `target`
+        self.global_batch: float | None = None  # wanted in the current window over all ranks, in units of `target`
         # Rank-invariant, in the checkpoint:
         self._seed: int | None = None
         self._tokens = 0.0  # label tokens trained on
@@ -94,7 +96,9 @@ class AccumulationSchedule(L.Callback):
         self._last_window = AccumulationWindow(1)
         # Of the current window:
         self._opened_at: int | None = None  # optimizer step; None outside a window
-        self._held = 0
+        self._is_open = False
+        self._held = 0  # micro-batches whose gradient has been added
+        self._owns_flag = False
         self._counted: list[Tensor] = []
         self._start = WindowStart()
         self._has_warned = False
@@ -113,12 +117,15 @@ class AccumulationSchedule(L.Callback):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """The first window begins where the checkpoint ends."""
         states = checkpoint.get("callbacks", {})
-        self._start.note_checkpoint(trainer, checkpoint, states.get(self.state_key, self.state_dict()))
+        own_state = {self.state_key: states.get(self.state_key, self.state_dict())}
+        self._start.note_checkpoint(trainer, checkpoint, own_state)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Choose the seed of a new run; a resumed one finds the last window as it was."""
+        _check_epochs(self.schedule, trainer)
         self.schedule(self._progress(trainer, 0))  # a share of an endless run is refused now
         self._opened_at = None
+        self._owns_flag = True
         trainer.accumulate_grad_batches = self._last_window
         if self._seed is None:
             self._seed = int(trainer.strategy.broadcast(torch.initial_seed()))
@@ -128,28 +135,32 @@ class AccumulationSchedule(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Open a window before its first micro-batch; count what the micro-batch holds."""
+        if trainer.fit_loop._skip_backward:  # weight averaging has taken over, to renew batch statistics
+            return
         if batch_idx == 0 or self._opened_at != trainer.global_step:
             self._open(trainer, pl_module, batch, batch_idx)
-        self._held += 1
         if self._counts:
             self._counted.append(torch.stack([self._count(trainer, batch, what) for what in self._counts]))
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The micro-batch's gradient is in."""
+        self._held += 1
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Close the window: divide by what it really held, count what it was trained on (one all-reduce)."""
-        if not self._held:
-            return  # an optimizer that evaluates its closure again
+        if not self._is_open or trainer.fit_loop._skip_backward:
+            return  # an optimizer that evaluates its closure again; weight averaging
         size = int(trainer.accumulate_grad_batches)
-        if self._held < size and not _is_normalized(trainer):  # a loader without a length has ended
+        if 0 < self._held < size and not _is_normalized(trainer):  # an unforeseen end, or `training_step` gave None
             scale_gradients(optimizer, size / self._held)
         if self._counted:
             self._commit_counts(trainer)
         self._last_window = trainer.accumulate_grad_batches  # type: ignore[assignment]
-        self._held = 0
-        self._counted = []
+        self._is_open = False
         if self.log_name is not None:
-            pl_module.log(self.log_name, float(size), batch_size=1)
+            pl_module.log(self.log_name, float(self._held), batch_size=1)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -157,29 +168,35 @@ class AccumulationSchedule(L.Callback):
         """After the step: note where the next window begins."""
         if self._opened_at is not None and trainer.global_step > self._opened_at:
             self._opened_at = None
-            self._start.note_end_of_step(trainer, pl_module, self.state_dict())
+            self._start.note_end_of_step(trainer, pl_module, {self.state_key: self.state_dict()})
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A window that ``on_train_batch_start`` or early stopping left unfinished is gone."""
         self._opened_at = None
+        trainer.accumulate_grad_batches = AccumulationWindow(int(trainer.accumulate_grad_batches))
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Inside a window: callbacks that watch the validation must not see it twice after a resume."""
+        if self._is_inside(trainer):
+            self._start.note_validation(trainer)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Inside a window: save the state of its start. At an epoch's end: let the next one start with a fresh loader.
 
         Lightning resumes a loader that has nothing left, and so skips the next epoch without a word.
         """
-        if self._opened_at is not None and self._opened_at == trainer.global_step:
-            self._start.rewind(trainer, checkpoint, self.state_key)
-        elif trainer.is_last_batch:
+        if self._is_inside(trainer):
+            self._start.rewind(trainer, checkpoint)
+        elif trainer.is_last_batch and not is_cut_stream(trainer):
             checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the Trainer its flag back."""
-        trainer.accumulate_grad_batches = 1
+        self._give_flag_back(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Give the Trainer its flag back."""
-        trainer.accumulate_grad_batches = 1
+        self._give_flag_back(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """Seed, tokens, mean content of a micro-batch, and the last window: equal on all ranks."""
@@ -211,29 +228,52 @@ class AccumulationSchedule(L.Callback):
             ValueError: If the schedule needs what the loader does not tell.
         """
         ranks = data_parallel_size(trainer)
-        rows = getattr(loader, "batch_size", None)
+        rows = getattr(loader, "batch_size", None) or getattr(
+            getattr(loader, "batch_sampler", None), "batch_size", None
+        )
         tokens = getattr(loader, "tokens_per_epoch", None)
         known = {"sequences": rows and float(rows), "tokens": tokens and tokens / (num_batches * ranks)}
         content: dict[str, float] = {what: value for what, value in known.items() if value}
         missing = [what for what in self._counts if what not in content]
+        max_epochs = trainer.max_epochs or 1
         if missing and trainer.max_steps != -1:
-            return trainer.max_steps
+            bound = min(trainer.max_steps, num_batches * max_epochs)
+            rank_zero_warn(
+                f"{type(loader).__name__} does not tell its {missing[0]} beforehand: the run is taken to have {bound} "
+                f"optimizer steps, and is shorter if its epochs end first."
+            )
+            return bound
         if missing:
             raise ValueError(
                 f"The length of the run depends on its {missing[0]}, which {type(loader).__name__} does not tell "
                 f"beforehand. Set Trainer(max_steps=...), or use a learning-rate schedule that needs no length."
             )
-        step, position, end = 0, 0, num_batches * (trainer.max_epochs or 1)
+        step, position, end = 0, 0, num_batches * max_epochs
         while position < end and step != trainer.max_steps:
             epochs = position / num_batches
             tokens_done = position * ranks * content.get("tokens", 0.0)
             progress = Progress(step, tokens_done, epochs, _share_of_run(trainer, step, epochs))
             size = self._size(self.schedule(progress), content.get(self.target), ranks)
-            position += min(size, num_batches - position % num_batches)
+            left = num_batches - position % num_batches
+            if self.schedule.is_final(progress):  # nothing changes any more
+                return (
+                    step
+                    + math.ceil(left / size)
+                    + (end - position - left) // num_batches * math.ceil(num_batches / size)
+                )
+            position += min(size, left)
             step += 1
         return step
 
     # ---- details -------------------------------------------------------------------------------------------------
+
+    def _give_flag_back(self, trainer: L.Trainer) -> None:
+        if self._owns_flag:
+            trainer.accumulate_grad_batches = 1
+        self._owns_flag = False
+
+    def _is_inside(self, trainer: L.Trainer) -> bool:
+        return self._opened_at is not None and self._opened_at == trainer.global_step
 
     @property
     def _counts(self) -> list[str]:
@@ -245,15 +285,20 @@ class AccumulationSchedule(L.Callback):
         if batch_idx == 0:
             # Between two epochs no step is due, wherever the last window ended.
             before = {**self.state_dict(), "window": [2, 1]}
-            self._start.note_start_of_epoch(trainer, pl_module, before)
+            self._start.note_start_of_epoch(trainer, pl_module, {self.state_key: before})
         if self.target != "micro_batches" and self._content is None:  # the run's first window
             mine = self._count(trainer, batch, self.target)
             self._content = float(trainer.strategy.reduce(mine, reduce_op="mean"))
-        self.global_batch = self.schedule(self._progress(trainer, batch_idx))
-        size = self._size(self.global_batch, self._content, data_parallel_size(trainer))
-        size = int(min(size, trainer.num_training_batches - batch_idx))  # an epoch's last window: what is left
+        ranks = data_parallel_size(trainer)
+        wanted = self.schedule(self._progress(trainer, batch_idx))
+        self.global_batch = wanted * (ranks if self.target == "micro_batches" else 1)
+        size = self._size(wanted, self._content, ranks)
+        left = trainer.num_training_batches - batch_idx
+        if left > 0:  # a run that was resumed with larger batches may be beyond the epoch's end
+            size = int(min(size, left))  # an epoch's last window: what is left
         trainer.accumulate_grad_batches = AccumulationWindow(size, batch_idx)
         self._opened_at = trainer.global_step
+        self._is_open = True
         self._held = 0
         self._counted = []
         if self.seed_steps:
@@ -325,6 +370,11 @@ def _check(schedule: AccumulationSchedule, trainer: L.Trainer, pl_module: L.Ligh
             f"{type(trainer.strategy).__name__} accumulates inside its own engine, with a number fixed at the start. "
             f"Use DDPStrategy, or ModelParallelStrategy for sharded parameters."
         )
+    if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
+        raise ValueError(
+            "AccumulationSchedule must know when a batch begins, which Lightning does not tell where training_step "
+            "takes `dataloader_iter`. Let it take `batch`."
+        )
     if trainer.accumulate_grad_batches != 1:
         raise ValueError(
             f"AccumulationSchedule sets the number of micro-batches, but so does Trainer(accumulate_grad_batches="
@@ -337,3 +387,16 @@ def _check(schedule: AccumulationSchedule, trainer: L.Trainer, pl_module: L.Ligh
                 f"AccumulationSchedule and another {type(other).__name__} would both set the number of micro-batches. "
                 f"Keep one; milestones in epochs ('1 epoch') do what Lightning's scheduler does."
             )
+
+
+def _check_epochs(schedule: Schedule, trainer: L.Trainer) -> None:
+    """Where nobody knows how long an epoch is, its parts cannot be milestones."""
+    if trainer.num_training_batches != float("inf"):
+        return
+    parts = any(at.unit == "epochs" and not at.value.is_integer() for at, _ in schedule.milestones)
+    between = "epochs" in schedule.units and schedule.interpolation != "step"
+    if parts or between or ("run" in schedule.units and trainer.max_steps == -1):
+        raise ValueError(
+            f"{schedule!r} needs the length of an epoch, but the loader has none. Set Trainer(limit_train_batches= or "
+            f"max_steps=), or use milestones in steps or tokens."
+        )

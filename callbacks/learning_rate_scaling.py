@@ -7,7 +7,10 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_llm.parallel import data_parallel_size
 
 
 def learning_rate_factor(ratio: float, power: float) -> float:
@@ -31,8 +34,8 @@ class LearningRateScaling(L.Callback):
         scale_betas: Raise Adam's betas to :math:`\kappa` too, which keeps the half-lives of its averages the same in
             tokens.
         base_batch: The reference, in the unit of the batch; that of the run's first step if None.
-        batch_fn: ``trainer -> global batch``, in any unit. If None: ``global_batch`` of the data module or of a
-            callback that has one (``AccumulationSchedule``), else ``trainer.accumulate_grad_batches``.
+        batch_fn: ``trainer -> global batch``, in any unit. If None: ``global_batch`` of a callback
+            (``AccumulationSchedule``) or of the data module, if one has it, else the micro-batches over all ranks.
         log_prefix: The factor, the batch and the learning rate in use are logged as ``<prefix>lr_factor``,
             ``<prefix>global_batch_ratio`` and ``<prefix>learning_rate``; None for none.
 
@@ -63,6 +66,7 @@ class LearningRateScaling(L.Callback):
         self.base_batch = base_batch
         self.batch_fn = batch_fn
         self.log_prefix = log_prefix
+        self._reference: float | None = None
         self._ratio = 1.0
         self._in_step = False
         self._set_aside: list[dict[str, Any]] = []  # what each parameter group held before the step
@@ -82,9 +86,14 @@ class LearningRateScaling(L.Callback):
                 raise ValueError(
                     f"scale_betas=True needs an optimizer with `betas`, but got {type(optimizer).__name__}."
                 )
+            if isinstance(optimizer, torch.optim.LBFGS):
+                raise ValueError("LBFGS reads its learning rate before it has seen the batch: it cannot be scaled.")
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
-        if self.batch_fn is None and trainer.accumulate_grad_batches == 1 and _source(trainer) is None:
+        if trainer.global_step == 0:
+            self._reference = None  # another run than the last
+        changing = [_source(trainer), *(c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler))]  # type: ignore[attr-defined]
+        if self.batch_fn is None and not any(changing):
             rank_zero_warn(
                 "LearningRateScaling sees no batch that changes: no data module or callback has a `global_batch`. Add "
                 "AccumulationSchedule, or pass batch_fn=lambda trainer: ..."
@@ -95,13 +104,14 @@ class LearningRateScaling(L.Callback):
     ) -> None:
         """See how large the step's batch is; log what is set."""
         batch = float(self.batch_fn(trainer) if self.batch_fn else _global_batch(trainer))
-        if self.base_batch is None:
-            self.base_batch = batch
-        self._ratio = batch / self.base_batch
+        if self._reference is None:
+            self._reference = batch
+        self._ratio = batch / (self.base_batch or self._reference)
         if self.log_prefix is not None:
             factor = learning_rate_factor(self._ratio, self.power)
             values = {"lr_factor": factor, "global_batch_ratio": self._ratio}
-            values["learning_rate"] = float(optimizer.param_groups[0]["lr"]) * factor
+            unscaled = self._set_aside[0]["lr"] if self._set_aside else optimizer.param_groups[0]["lr"]
+            values["learning_rate"] = float(unscaled) * factor
             pl_module.log_dict({self.log_prefix + name: value for name, value in values.items()}, batch_size=1)
         if self._in_step:
             self._scale(optimizer)
@@ -115,12 +125,12 @@ class LearningRateScaling(L.Callback):
         self._leave(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """The reference batch."""
-        return {"base_batch": self.base_batch}
+        """The batch of the run's first step, which is the reference if no other is given."""
+        return {"reference": self._reference}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Scale by the same reference."""
-        self.base_batch = state_dict["base_batch"]
+        self._reference = state_dict["reference"]
 
     # ---- details -------------------------------------------------------------------------------------------------
 
@@ -159,11 +169,13 @@ class LearningRateScaling(L.Callback):
 
 
 def _source(trainer: L.Trainer) -> Any:
-    """What says how large the global batch is to be: the data module, or a callback."""
-    candidates = [trainer.datamodule, *trainer.callbacks]  # type: ignore[attr-defined]
-    return next((one for one in candidates if getattr(one, "global_batch", None) is not None), None)
+    """What says how large the global batch is to be: a callback, or the data module."""
+    candidates = [*trainer.callbacks, trainer.datamodule]  # type: ignore[attr-defined]
+    return next((one for one in candidates if hasattr(one, "global_batch")), None)
 
 
 def _global_batch(trainer: L.Trainer) -> float:
     source = _source(trainer)
-    return float(source.global_batch if source is not None else trainer.accumulate_grad_batches)
+    if source is not None:
+        return float(source.global_batch)
+    return float(trainer.accumulate_grad_batches * data_parallel_size(trainer))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -57,6 +58,8 @@ class RowLoader:
         self.world_size = world_size
         self.drop_last = drop_last
         self.epoch = 0
+        self.position = 0  # batches of the current epoch that have been handed out
+        self._is_resumed = False
         self.sampler = self
         self.batch_sampler = None  # Lightning looks for one wherever there is a `sampler`
         self._loader: DataLoader[dict[str, Tensor]] = DataLoader(
@@ -88,7 +91,31 @@ class RowLoader:
         return num_rows // global_batch if self.drop_last else -(-num_rows // global_batch)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return iter(self._loader)
+        """The epoch's batches, from the position that was loaded, if one was; its order is that of the first one."""
+        if not self._is_resumed:
+            self.position = 0
+        self._is_resumed = False
+        for batch in self._loader:
+            self.position += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the epoch stands, the same on every rank; Lightning puts it into its checkpoints."""
+        return {"position": self.position, "global_batch": self.micro_batch_size * self.world_size}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Start the next iteration where the checkpoint was saved."""
+        rows, global_batch = (
+            state_dict["position"] * state_dict["global_batch"],
+            self.micro_batch_size * self.world_size,
+        )
+        if rows % global_batch:
+            rank_zero_warn(
+                f"The checkpoint was saved after {rows} rows of the epoch, which is no multiple of the {global_batch} "
+                f"that a micro-batch now holds over all ranks: {rows % global_batch} rows are seen again."
+            )
+        self.position = rows // global_batch
+        self._is_resumed = True
 
     def row_ids(self, batch_idx: int) -> list[int]:
         """Rows of this rank in a micro-batch of the current epoch."""
@@ -107,7 +134,7 @@ class _BatchIndex(torch.utils.data.Sampler[list[int]]):
         self.loader = loader
 
     def __iter__(self) -> Iterator[list[int]]:
-        return (self.loader.row_ids(batch_idx) for batch_idx in range(len(self.loader)))
+        return (self.loader.row_ids(batch_idx) for batch_idx in range(self.loader.position, len(self.loader)))
 
     def __len__(self) -> int:
         return len(self.loader)

@@ -100,6 +100,10 @@ class Schedule:
             return value + share * (target - value)
         return float(value * (target / value) ** share)
 
+    def is_final(self, progress: Progress) -> bool:
+        """Whether every milestone has been reached, so that the value stays."""
+        return all(progress.of(at.unit) >= at.value - 1e-9 for at, _ in self.milestones)
+
     def __repr__(self) -> str:
         milestones = {str(at): value for at, value in self.milestones}
         return f"Schedule({milestones}, interpolation={self.interpolation!r})"

@@ -83,8 +83,37 @@ def test_a_schedule_of_tokens_nobody_can_count_beforehand_says_what_to_do(quiet_
     with pytest.raises(ValueError, match=r"max_steps"):
         quiet_trainer(max_epochs=1, callbacks=[schedule]).fit(Scheduled(), batches(4))
     module = Scheduled()
-    quiet_trainer(max_epochs=1, max_steps=2, callbacks=[schedule]).fit(module, batches(4))
+    with pytest.warns(UserWarning, match="taken to have 2 optimizer steps"):
+        quiet_trainer(max_epochs=1, max_steps=2, callbacks=[schedule]).fit(module, batches(4))
     assert module.total == 2
+    quiet_trainer(max_epochs=1, max_steps=100_000, callbacks=[schedule]).fit(module, batches(4))
+    assert module.total == 4  # the epochs end first
+
+
+def test_the_steps_of_a_very_long_run_are_counted_without_walking_through_it(monkeypatch):
+    from types import SimpleNamespace
+
+    from lightning_llm import Schedule
+
+    trainer = SimpleNamespace(max_steps=-1, max_epochs=1000, world_size=1, strategy=None)
+    schedule = AccumulationSchedule({"0 steps": 1, "100 steps": 7})
+    asked, evaluate = [], Schedule.__call__
+    monkeypatch.setattr(Schedule, "__call__", lambda self, progress: asked.append(1) or evaluate(self, progress))
+    assert schedule.count_optimizer_steps(trainer, 100_000, None) == 100 + -(-99_900 // 7) + 999 * -(-100_000 // 7)
+    assert len(asked) == 101
+
+
+def test_rows_of_a_batch_sampler_are_known(quiet_trainer):
+    from torch.utils.data import BatchSampler, SequentialSampler
+
+    data = torch.ones(24, 3)
+    loader = DataLoader(
+        torch.utils.data.TensorDataset(data), batch_sampler=BatchSampler(SequentialSampler(data), 2, False)
+    )
+    module = Scheduled()
+    trainer = quiet_trainer(max_epochs=1, callbacks=[AccumulationSchedule(6, target="sequences")])
+    trainer.fit(module, loader)
+    assert trainer.global_step == module.total == 4
 
 
 def test_a_text_data_module_tells_its_tokens(quiet_trainer, tiny_gpt2, tmp_path):

@@ -503,3 +503,170 @@ def test_a_window_is_a_number_that_counts_from_its_offset():
     assert window == 5
     assert isinstance(window, int)
     assert torch.tensor(10.0) / window == 2
+
+
+# ---- in company, and in corners --------------------------------------------------------------------------------------
+
+
+def test_a_run_resumed_with_larger_batches_beyond_the_epochs_end_still_descends(quiet_trainer, tmp_path):
+    class Ones(Powers):
+        def training_step(self, batch, batch_idx):
+            return self.weight * 1.0
+
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    rows = torch.ones(24, 1)
+    saved = ModelCheckpoint(tmp_path, save_on_train_epoch_end=False, save_top_k=-1, filename="{step}")
+    options = {"max_epochs": 2, "enable_checkpointing": True, "limit_val_batches": 1}
+    trainer = quiet_trainer(callbacks=[AccumulationSchedule(4), saved], val_check_interval=12, **options)
+    trainer.fit(Ones(), DataLoader(rows, batch_size=1), DataLoader(rows))
+    for batch_size in (2, 3, 4):
+        module = Ones()
+        resumed = quiet_trainer(max_epochs=2, callbacks=[AccumulationSchedule(4)])
+        resumed.fit(module, DataLoader(rows, batch_size=batch_size), ckpt_path=tmp_path / "step=3.ckpt")
+        assert module.gradients == [1.0] * len(module.gradients)
+        assert module.gradients
+
+
+def test_a_stream_that_epochs_only_cut_goes_on_where_it_stood(quiet_trainer, tmp_path):
+    class Stream:
+        """Never ends, has no length, and does not start again with an epoch."""
+
+        position = 0
+
+        def __iter__(self):
+            while True:
+                self.position += 1
+                yield torch.full((1,), self.position - 1)
+
+        def state_dict(self):
+            return {"position": self.position}
+
+        def load_state_dict(self, state):
+            self.position = state["position"]
+
+    class Seeing(Powers):
+        def training_step(self, batch, batch_idx):
+            self.gradients.append(int(batch))
+            return self.weight * 1.0
+
+        def on_before_optimizer_step(self, optimizer):
+            pass
+
+    def fit(checkpoint=None, saves=()):
+        module = Seeing()
+        callbacks = [SaveAt(saves, tmp_path), AccumulationSchedule(2)]
+        trainer = quiet_trainer(max_epochs=3, limit_train_batches=4, callbacks=callbacks)
+        trainer.fit(module, Stream(), ckpt_path=checkpoint)
+        return module.gradients
+
+    whole = fit(saves=[2, 3, 4, 5, 6])
+    assert whole == list(range(12))
+    starts = {save: fit(tmp_path / f"{save}.ckpt")[0] for save in (2, 3, 4, 5, 6)}
+    assert starts == {2: 2, 3: 2, 4: 4, 5: 4, 6: 6}
+
+
+def test_weight_averaging_keeps_its_epoch_of_batch_statistics(quiet_trainer):
+    from lightning.pytorch.callbacks import StochasticWeightAveraging
+
+    def steps(callbacks, **options):
+        module = Plain()
+        module.norm = nn.BatchNorm1d(3)
+        averaging = StochasticWeightAveraging(0.05, swa_epoch_start=1)
+        trainer = quiet_trainer(max_epochs=3, callbacks=[averaging, *callbacks], **options)
+        trainer.fit(module, batches(8))
+        return trainer.global_step
+
+    assert steps([AccumulationSchedule(2)]) == steps([], accumulate_grad_batches=2)
+
+
+def test_early_stopping_does_not_count_a_validation_inside_a_window_twice(quiet_trainer, tmp_path):
+    from lightning.pytorch.callbacks import EarlyStopping
+
+    class Constant(Plain):
+        def validation_step(self, batch, batch_idx):
+            self.log("metric", 1.0)
+
+    def fit(checkpoint=None, **options):
+        stopping = EarlyStopping("metric", patience=3)
+        saved = ModelCheckpoint(tmp_path, save_on_train_epoch_end=False, save_top_k=-1, filename="{step}")
+        options = {"max_epochs": 4, "val_check_interval": 3, "enable_checkpointing": True}
+        trainer = quiet_trainer(callbacks=[stopping, AccumulationSchedule(4), saved], **options)
+        trainer.fit(Constant(), batches(24), batches(1), ckpt_path=checkpoint)
+        return trainer.global_step
+
+    stopped_at = fit()
+    for path in sorted(tmp_path.glob("step=[12].ckpt")):
+        assert fit(path) == stopped_at, path
+
+
+def test_statistics_of_any_layer_are_those_of_the_windows_start(quiet_trainer, tmp_path):
+    class Normalized(Plain):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 1).double())
+
+        def training_step(self, batch, batch_idx):
+            return self.layer(batch.double()).square().mean()
+
+    data = [torch.randn(2, 3) for _ in range(12)]
+
+    def fit(checkpoint=None, saves=()):
+        module = Normalized()
+        trainer = quiet_trainer(max_epochs=1, callbacks=[SaveAt(saves, tmp_path), AccumulationSchedule(4)])
+        loader = Positions.__new__(Positions)
+        loader.batches, loader.position, loader.resumed_at = data, 0, 0
+        trainer.fit(module, loader, ckpt_path=checkpoint)
+        return torch.cat([value.flatten() for value in module.state_dict().values()])
+
+    whole = fit(saves=[4, 6])
+    assert torch.equal(fit(tmp_path / "4.ckpt"), whole)
+    assert torch.equal(fit(tmp_path / "6.ckpt"), whole)
+
+
+def test_a_step_without_a_loss_counts_no_part_in_the_mean(quiet_trainer):
+    class Silent(Powers):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx == 0 else super().training_step(batch, batch_idx)
+
+    module = Silent()
+    quiet_trainer(max_epochs=1, callbacks=[AccumulationSchedule(4)]).fit(module, DataLoader(range(4), batch_size=1))
+    assert module.gradients == pytest.approx([(2 + 4 + 8) / 3])
+
+
+def test_milestones_within_an_epoch_of_unknown_length_are_refused(quiet_trainer):
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(torch.ones(8, 3).split(1))
+
+    for milestones in ({"0%": 1, "50%": 4}, {"0 epochs": 1, "0.5 epochs": 4}):
+        with pytest.raises(ValueError, match="needs the length of an epoch"):
+            quiet_trainer(max_epochs=1, callbacks=[AccumulationSchedule(milestones)]).fit(
+                Plain(), DataLoader(Endless(), batch_size=1)
+            )
+
+
+def test_a_training_step_that_fetches_its_own_batches_is_refused(quiet_trainer):
+    class Fetching(Plain):
+        def training_step(self, dataloader_iter):
+            raise AssertionError
+
+    with pytest.raises(ValueError, match="dataloader_iter"):
+        quiet_trainer(max_epochs=1, callbacks=[AccumulationSchedule(2)]).fit(Fetching(), batches(4))
+
+
+def test_a_refused_flag_stays_where_it_was(quiet_trainer):
+    trainer = quiet_trainer(max_epochs=1, accumulate_grad_batches=4, callbacks=[AccumulationSchedule(2)])
+    for _ in range(2):
+        with pytest.raises(ValueError, match="Remove the flag"):
+            trainer.fit(Plain(), batches(4))
+
+
+def test_a_checkpoint_loads_without_trusting_it(quiet_trainer, tmp_path):
+    trainer = quiet_trainer(max_epochs=1, callbacks=[AccumulationSchedule({"0 tokens": 2}, target="sequences")])
+    trainer.fit(Plain(), batches(4))
+    trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    state = torch.load(tmp_path / "plain.ckpt", weights_only=True)["callbacks"]["AccumulationSchedule"]
+    assert state["window"] == [2, 2]

@@ -163,3 +163,48 @@ def test_what_cannot_be_scaled_is_said(quiet_trainer):
         quiet_trainer(max_epochs=1, callbacks=[LearningRateScaling()]).fit(manual, batches())
     with pytest.warns(UserWarning, match="no batch that changes"):
         quiet_trainer(max_epochs=1, callbacks=[LearningRateScaling()]).fit(Plain(), batches(2))
+
+
+def test_the_given_reference_wins_over_the_checkpoints_and_a_new_run_starts_anew(quiet_trainer, tmp_path):
+    scaling = LearningRateScaling(1)
+    fit(quiet_trainer, Recording(), scaling, {"0 steps": 2}, num_batches=4).save_checkpoint(tmp_path / "two.ckpt")
+    assert scaling.base_batch is None
+    module = Recording()
+    trainer = quiet_trainer(max_epochs=2, callbacks=[LearningRateScaling(1, base_batch=1), AccumulationSchedule(2)])
+    trainer.fit(module, batches(4), ckpt_path=tmp_path / "two.ckpt")
+    assert module.used == pytest.approx([0.2, 0.2])
+    module = Recording()
+    fit(quiet_trainer, module, scaling, {"0 steps": 4}, num_batches=4)
+    assert module.used == [0.1]
+
+
+def test_a_schedule_counts_before_a_data_modules_constant(quiet_trainer):
+    class Data(L.LightningDataModule):
+        global_batch = 256
+
+        def train_dataloader(self):
+            return batches()
+
+    module = Recording()
+    trainer = quiet_trainer(max_epochs=1, callbacks=[LearningRateScaling(1), AccumulationSchedule(RAMP)])
+    trainer.fit(module, datamodule=Data())
+    assert module.used == pytest.approx([0.1 * ratio for ratio in RATIOS])
+
+
+def test_lightnings_own_scheduler_is_followed_without_a_warning(quiet_trainer, recwarn):
+    from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+    module = Recording()
+    trainer = quiet_trainer(max_epochs=2, callbacks=[LearningRateScaling(1), GradientAccumulationScheduler({1: 4})])
+    trainer.fit(module, batches(4))
+    assert module.used == pytest.approx([0.1] * 4 + [0.4])
+    assert not [warning for warning in recwarn if "no batch that changes" in str(warning.message)]
+
+
+def test_an_optimizer_that_reads_its_rate_too_early_is_refused(quiet_trainer):
+    class Early(Plain):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS(self.parameters())
+
+    with pytest.raises(ValueError, match="LBFGS"):
+        quiet_trainer(max_epochs=1, callbacks=[LearningRateScaling()]).fit(Early(), batches(2))

@@ -47,3 +47,31 @@ def test_short_last_batch_can_be_dropped():
 
 def test_worker_processes_give_the_same_batches():
     assert batches(10, 1, shuffle=True, num_workers=2) == batches(10, 1, shuffle=True)
+
+
+def test_a_loaded_position_continues_the_epoch_with_the_rows_not_yet_seen():
+    dataset = dataset_of([7] * 30, 8, "documents")
+
+    def rows(loader):
+        return [batch["row_ids"].tolist() for batch in loader]
+
+    for num_workers in (0, 2):
+        options = {"shuffle": True, "seed": 3, "num_workers": num_workers}
+        whole, stopped, resumed = (RowLoader(dataset, 4, **options) for _ in range(3))
+        for loader in (whole, stopped, resumed):
+            loader.set_epoch(2)
+        iterator = iter(stopped)
+        seen = [next(iterator)["row_ids"].tolist() for _ in range(3)]
+        resumed.load_state_dict(stopped.state_dict())
+        assert resumed.state_dict() == {"position": 3, "global_batch": 4}
+        assert seen + rows(resumed) == rows(whole)
+        assert rows(resumed) == rows(whole)  # the epoch after it is a whole one
+
+
+def test_a_position_saved_on_other_ranks_is_found_in_rows():
+    dataset = dataset_of([7] * 32, 8, "documents")
+    loader = RowLoader(dataset, 4, world_size=2, rank=0)
+    loader.load_state_dict({"position": 4, "global_batch": 4})
+    assert loader.position == 2
+    with pytest.warns(UserWarning, match="4 rows are seen again"):
+        loader.load_state_dict({"position": 3, "global_batch": 4})

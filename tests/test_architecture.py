@@ -17,7 +17,7 @@ SOURCES = sorted(
     path for folder in ("lightning_llm", "callbacks", "datamodules") for path in (ROOT / folder).rglob("*.py")
 )
 PURE = [
-    *("lightning_llm/duration.py", "lightning_llm/loss.py"),
+    *("lightning_llm/duration.py", "lightning_llm/schedule.py", "lightning_llm/loss.py"),
     *("datamodules/windows.py", "datamodules/packing.py", "datamodules/order.py"),
 ]
 MODULES = sorted(

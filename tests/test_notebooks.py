@@ -9,7 +9,9 @@ from nbclient import NotebookClient
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SMALL = {
     "01_quickstart": {"max_steps": 8, "vocab_size": 300, "max_length": 64, "hidden_size": 32},
+    "02_exact_accumulation": {"max_steps": 4, "global_batch": 8, "num_rows": 30, "vocab_size": 300, "hidden_size": 16},
 }
+WRITTEN = {"01_quickstart": "huggingface/last/model.safetensors"}
 
 
 def notebooks():
@@ -37,7 +39,8 @@ def test_notebook_runs_with_small_parameters(path, tmp_path, monkeypatch):
     client.execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 3
-    assert (tmp_path / "run" / "huggingface" / "last" / "model.safetensors").exists()
+    if path.stem in WRITTEN:
+        assert (tmp_path / "run" / WRITTEN[path.stem]).exists()
 
 
 @pytest.mark.parametrize("path", notebooks(), ids=lambda path: path.stem)

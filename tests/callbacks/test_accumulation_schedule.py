@@ -670,3 +670,52 @@ def test_a_checkpoint_loads_without_trusting_it(quiet_trainer, tmp_path):
     trainer.save_checkpoint(tmp_path / "plain.ckpt")
     state = torch.load(tmp_path / "plain.ckpt", weights_only=True)["callbacks"]["AccumulationSchedule"]
     assert state["window"] == [2, 2]
+
+
+def test_weight_averages_follow_the_optimizer_steps_of_a_schedule(quiet_trainer):
+    from lightning.pytorch.callbacks import WeightAveraging
+
+    seen = []
+
+    class Average(WeightAveraging):
+        def should_update(self, step_idx=None, epoch_idx=None):
+            if step_idx is not None:
+                seen.append(step_idx)
+            return step_idx is not None
+
+    trainer = quiet_trainer(max_epochs=1, callbacks=[Average(), AccumulationSchedule({"0 steps": 1, "2 steps": 3})])
+    trainer.fit(Plain(), batches(11))
+    assert seen == list(range(trainer.global_step)) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("finder", ["rate", "size"])
+def test_lightnings_finders_leave_the_schedule_as_it_was(quiet_trainer, tmp_path, monkeypatch, finder):
+    from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+
+    monkeypatch.chdir(tmp_path)
+
+    class Found(Cadence):
+        lr, batch_size = 0.01, 1
+
+        def train_dataloader(self):
+            data = torch.utils.data.TensorDataset(torch.ones(24, 3))
+            return DataLoader(data, batch_size=self.batch_size)
+
+    search = (
+        LearningRateFinder(num_training_steps=5)
+        if finder == "rate"
+        else BatchSizeFinder("power", steps_per_trial=1, init_val=1, max_trials=2)
+    )
+    module = Found()
+    trainer = quiet_trainer(
+        max_epochs=1, callbacks=[search, TokenWeightedAccumulation("samples"), AccumulationSchedule(4)]
+    )
+    trainer.fit(module)
+    assert trainer.global_step == math.ceil(24 / module.batch_size / 4)
+    assert "training_step" not in module.__dict__
+
+
+@pytest.mark.parametrize("callback", [lambda: AccumulationSchedule(2), TokenWeightedAccumulation, TokenThroughput])
+def test_two_of_a_kind_are_refused_instead_of_overwriting_each_others_state(quiet_trainer, callback):
+    with pytest.raises(RuntimeError, match="state"):
+        quiet_trainer(callbacks=[callback(), callback()])

@@ -79,6 +79,28 @@ def dataset_of(
     return RowDataset(store, table, pad_token_id=0, token_bytes=store.token_bytes)
 
 
+class Positions:
+    """Batches with a position that Lightning saves and loads; a plain iterable, so that it puts no sampler in."""
+
+    def __init__(self, batches: list[Any]):
+        self.batches, self.position, self.resumed_at = batches, 0, 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        self.position, self.resumed_at = self.resumed_at, 0
+        while self.position < len(self.batches):
+            self.position += 1
+            yield self.batches[self.position - 1]
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.resumed_at = state["position"]
+
+
 class Plain(L.LightningModule):
     """Knows nothing of tokens."""
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from support import Plain, pad_rows
+from support import Plain, Positions, pad_rows
 from token_training import Module, rows
 from torch.utils.data import DataLoader
 
@@ -138,25 +138,7 @@ def test_a_text_data_module_tells_its_tokens(quiet_trainer, tiny_gpt2, tmp_path)
 def test_a_stateful_loader_keeps_the_position_that_it_is_resumed_at(quiet_trainer, tiny_gpt2, tmp_path):
     """Where ``estimated_stepping_batches`` is read in configure_optimizers, Lightning drops it."""
 
-    class Positions:
-        def __init__(self):
-            self.batches = [pad_rows(rows()[i : i + 2]) for i in range(0, 20, 2)]
-            self.resumed_at = 0
-
-        def __len__(self):
-            return len(self.batches)
-
-        def __iter__(self):
-            self.position, self.resumed_at = self.resumed_at, 0
-            while self.position < len(self.batches):
-                self.position += 1
-                yield self.batches[self.position - 1]
-
-        def state_dict(self):
-            return {"position": self.position}
-
-        def load_state_dict(self, state):
-            self.resumed_at = state["position"]
+    data = [pad_rows(rows()[i : i + 2]) for i in range(0, 20, 2)]
 
     class Seen(Module):
         length = staticmethod(total_optimizer_steps)
@@ -178,7 +160,7 @@ def test_a_stateful_loader_keeps_the_position_that_it_is_resumed_at(quiet_traine
 
     def fit(module, checkpoint=None, **options):
         trainer = quiet_trainer(max_epochs=1, callbacks=[AccumulationSchedule(2)], **options)
-        trainer.fit(module, Positions(), ckpt_path=checkpoint)
+        trainer.fit(module, Positions(data), ckpt_path=checkpoint)
         return module.seen
 
     from lightning.pytorch.callbacks import Callback
@@ -190,6 +172,6 @@ def test_a_stateful_loader_keeps_the_position_that_it_is_resumed_at(quiet_traine
 
     trainer = quiet_trainer(max_epochs=1, callbacks=[AccumulationSchedule(2), Save()])
     whole = Seen(tiny_gpt2)
-    trainer.fit(whole, Positions())
+    trainer.fit(whole, Positions(data))
     assert fit(Seen(tiny_gpt2), tmp_path / "4.ckpt") == whole.seen[4:]
     assert fit(WithLightnings(tiny_gpt2), tmp_path / "4.ckpt") != whole.seen[4:]

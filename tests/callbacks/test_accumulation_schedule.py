@@ -6,7 +6,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
-from support import Plain, pad_rows
+from support import Plain, Positions, pad_rows
 from token_training import Module, difference, loader, rows, weights
 from torch import nn
 from torch.utils.data import DataLoader
@@ -200,29 +200,6 @@ def test_geometric_ramps_by_tokens_are_exact(tiny_gpt2, quiet_trainer, target, m
 # ---- resume ----------------------------------------------------------------------------------------------------------
 
 
-class Positions:
-    """A loader that can be resumed, as Lightning wants it."""
-
-    def __init__(self, data, batch_size):
-        self.batches = [pad_rows(data[i : i + batch_size]) for i in range(0, len(data), batch_size)]
-        self.position, self.resumed_at = 0, 0
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __iter__(self):
-        self.position, self.resumed_at = self.resumed_at, 0
-        while self.position < len(self.batches):
-            self.position += 1
-            yield self.batches[self.position - 1]
-
-    def state_dict(self):
-        return {"position": self.position}
-
-    def load_state_dict(self, state):
-        self.resumed_at = state["position"]
-
-
 class WithDropout(Module):
     """Random numbers and batch statistics too have to be those of the window's start."""
 
@@ -268,7 +245,7 @@ def resumable(config, quiet_trainer, callbacks, checkpoint=None, validate=False,
         limit_val_batches=1 if validate else 0,
         **({"max_epochs": 2} | options),
     )
-    data = Positions(rows(), MICRO_BATCH)
+    data = Positions([pad_rows(rows()[i : i + MICRO_BATCH]) for i in range(0, len(rows()), MICRO_BATCH)])
     trainer.fit(module, data, loader(rows(), 4) if validate else None, ckpt_path=checkpoint)
     return module, trainer
 
@@ -616,9 +593,7 @@ def test_statistics_of_any_layer_are_those_of_the_windows_start(quiet_trainer, t
     def fit(checkpoint=None, saves=()):
         module = Normalized()
         trainer = quiet_trainer(max_epochs=1, callbacks=[SaveAt(saves, tmp_path), AccumulationSchedule(4)])
-        loader = Positions.__new__(Positions)
-        loader.batches, loader.position, loader.resumed_at = data, 0, 0
-        trainer.fit(module, loader, ckpt_path=checkpoint)
+        trainer.fit(module, Positions(data), ckpt_path=checkpoint)
         return torch.cat([value.flatten() for value in module.state_dict().values()])
 
     whole = fit(saves=[4, 6])

@@ -11,8 +11,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from ddp_module import Shard
-from support import TINY_GPT2, pad_rows
+from support import TINY_GPT2, Positions, pad_rows
 from token_training import Module, rows
 from token_weighted import Sharded, whole_weights
 
@@ -21,26 +20,6 @@ from lightning_llm.callbacks import AccumulationSchedule, TokenWeightedAccumulat
 
 RAMP = {"0 steps": 1, "2 steps": 3, "4 steps": 2}
 SAVES = [2, 3, 4, 5, 12]  # a boundary, inside a window (twice), its end, the second epoch's first window
-
-
-class Resumable(Shard):
-    """A rank's batches, with a position that Lightning saves and loads; rank 0's, which is that of all."""
-
-    def __init__(self, batches):
-        super().__init__(batches)
-        self.position, self.resumed_at = 0, 0
-
-    def __iter__(self):
-        self.position, self.resumed_at = self.resumed_at, 0
-        while self.position < len(self):
-            self.position += 1
-            yield self.batches[self.position - 1]
-
-    def state_dict(self):
-        return {"position": self.position}
-
-    def load_state_dict(self, state):
-        self.resumed_at = state["position"]
 
 
 class Watch(L.Callback):
@@ -96,7 +75,7 @@ def main(folder: Path, strategy: str) -> None:
         watch = Watch(folder / strategy, saves)
         callbacks = [watch, TokenWeightedAccumulation(), AccumulationSchedule(RAMP)]
         trainer = L.Trainer(strategy=made, gradient_clip_val=0.3, callbacks=callbacks, **options)
-        trainer.fit(module, Resumable(mine), ckpt_path=checkpoint)
+        trainer.fit(module, Positions(mine), ckpt_path=checkpoint)
         return whole_weights(module), watch
 
     whole, watch = run(SAVES)

@@ -69,6 +69,11 @@ class AccumulationSchedule(L.Callback):
         Don't decay the learning rate, increase the batch size (2018).
     """
 
+    _seed: int | None  # of the run
+    _tokens: float  # label tokens trained on
+    _content: float | None  # of a micro-batch of one rank: mean sequences or tokens
+    _last_window: AccumulationWindow
+
     def __init__(
         self,
         milestones: Mapping[str, float] | Mapping[int, float] | float,
@@ -89,11 +94,7 @@ class AccumulationSchedule(L.Callback):
         self.seed_steps = seed_steps
         self.log_name = log_name
         self.global_batch: float | None = None  # wanted in the current window over all ranks, in units of `target`
-        # Rank-invariant, in the checkpoint:
-        self._seed: int | None = None
-        self._tokens = 0.0  # label tokens trained on
-        self._content: float | None = None  # of a micro-batch of one rank: mean sequences or tokens
-        self._last_window = AccumulationWindow(1)
+        self._forget()
         # Of the current window:
         self._opened_at: int | None = None  # optimizer step; None outside a window
         self._is_open = False
@@ -110,6 +111,8 @@ class AccumulationSchedule(L.Callback):
         if stage != "fit":
             return
         _check(self, trainer, pl_module)
+        if trainer.global_step == 0:
+            self._forget()  # another run than the last; a checkpoint is loaded later
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         callbacks.remove(self)
         callbacks.insert(0, self)
@@ -266,6 +269,13 @@ class AccumulationSchedule(L.Callback):
         return step
 
     # ---- details -------------------------------------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        """What is in the checkpoint, equal on all ranks, as a new run begins."""
+        self._seed = None
+        self._tokens = 0.0
+        self._content = None
+        self._last_window = AccumulationWindow(1)
 
     def _give_flag_back(self, trainer: L.Trainer) -> None:
         if self._owns_flag:

@@ -694,3 +694,11 @@ def test_lightnings_finders_leave_the_schedule_as_it_was(quiet_trainer, tmp_path
 def test_two_of_a_kind_are_refused_instead_of_overwriting_each_others_state(quiet_trainer, callback):
     with pytest.raises(RuntimeError, match="state"):
         quiet_trainer(callbacks=[callback(), callback()])
+
+
+def test_a_second_run_with_the_same_callback_starts_anew(quiet_trainer):
+    schedule = AccumulationSchedule({"0 tokens": 1, "9 tokens": 2}, token_fn=lambda batch: batch[0].numel())
+    for _ in range(2):
+        module = Cadence()
+        quiet_trainer(max_epochs=1, callbacks=[schedule]).fit(module, batches(7))
+        assert module.steps == [3 + 2]

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-IGNORE_INDEX = -100
+from lightning_llm.loss import IGNORE_INDEX
 
 
 def num_samples(batch: Any) -> int:

@@ -179,7 +179,7 @@ class TokenWeightedAccumulation(L.Callback):
         inner = pl_module.training_step
 
         @functools.wraps(inner)
-        def training_step(*args: Any, **kwargs: Any) -> Any:
+        def training_step(*args: Any, **kwargs: Any) -> Any:  # its docstring is the wrapped one's
             outputs = inner(*args, **kwargs)
             if outputs is not None:
                 batch = args[0] if args else next(iter(kwargs.values()), None)

@@ -99,6 +99,7 @@ class AccumulationSchedule(L.Callback):
         self._opened_at: int | None = None  # optimizer step; None outside a window
         self._is_open = False
         self._held = 0  # micro-batches whose gradient has been added
+        self._is_awaited = False  # the current one's has not yet
         self._owns_flag = False
         self._counted: list[Tensor] = []
         self._start = WindowStart()
@@ -142,12 +143,14 @@ class AccumulationSchedule(L.Callback):
             return
         if batch_idx == 0 or self._opened_at != trainer.global_step:
             self._open(trainer, pl_module, batch, batch_idx)
+        self._is_awaited = True
         if self._counts:
             self._counted.append(torch.stack([self._count(trainer, batch, what) for what in self._counts]))
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The micro-batch's gradient is in."""
-        self._held += 1
+        """The micro-batch's gradient is in, or that of a piece of it."""
+        self._held += self._is_awaited
+        self._is_awaited = False
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -82,6 +83,7 @@ class TokenWeightedAccumulation(L.Callback):
         self.weight_fn = weight_fn
         self.log_loss = log_loss
         self.unit: float | None = None  # mean weight of a micro-batch in the last step: equal on all ranks
+        self.last_weight: Tensor | None = None  # of the last backward, shape ()
         self._window_unit: float | Tensor | None = None
         self._current: _Contribution | None = None
         self._added: list[_Contribution] = []
@@ -120,8 +122,9 @@ class TokenWeightedAccumulation(L.Callback):
         """Weight the micro-batch: by its tokens, and by K, as Lightning has divided by it."""
         current = self._current
         assert current is not None, "training_step was not seen"
-        if self._window_unit is None:
+        if not self._added:  # again where the window's first backward failed and is run in smaller pieces
             self._window_unit = self._choose_unit(trainer, current.weight)
+        assert self._window_unit is not None
         weight = (current.weight * trainer.accumulate_grad_batches / self._window_unit).to(loss.dtype)
         loss.register_hook(lambda gradient: gradient * weight)  # type: ignore[no-untyped-call]
 
@@ -129,6 +132,7 @@ class TokenWeightedAccumulation(L.Callback):
         """Count the micro-batch, now that its gradient has been added."""
         assert self._current is not None
         self._added.append(self._current)
+        self.last_weight = self._current.weight
         self._current = None
 
     def on_before_optimizer_step(
@@ -165,11 +169,11 @@ class TokenWeightedAccumulation(L.Callback):
         self._stop_listening()
 
     def state_dict(self) -> dict[str, Any]:
-        """The mean weight of a micro-batch: it decides the rounding of the next step."""
+        """The mean weight of a micro-batch, which keeps gradients near their usual size."""
         return {"unit": self.unit}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the same rounding."""
+        """Go on with the same size."""
         self.unit = state_dict["unit"]
 
     # ---- details -------------------------------------------------------------------------------------------------
@@ -222,14 +226,15 @@ class TokenWeightedAccumulation(L.Callback):
         """The weight that counts as one in this window: the same on every rank, near the usual weight.
 
         It keeps weighted gradients as large as Lightning's own, so that half precision neither overflows nor
-        underflows. With one micro-batch on one rank it is that batch's own weight: the factor is exactly 1 then.
+        underflows. With one micro-batch on one rank it is that batch's own weight: the factor is exactly 1 then. Else
+        it is a power of two, so that no rounding depends on it.
         """
         alone = data_parallel_size(trainer) == 1
         if alone and trainer.accumulate_grad_batches == 1:
             return weight.clamp(min=1)
         if self.unit is None:  # the run's first window
             self.unit = max(float(trainer.strategy.reduce(weight.clone(), reduce_op="mean")), 1.0)
-        return self.unit
+        return float(2 ** round(math.log2(max(self.unit, 1.0))))
 
     def _step_sums(self, trainer: L.Trainer) -> list[float]:
         """Weight, weighted loss, micro-batches, and empty micro-batches with a bad loss; over data-parallel ranks."""

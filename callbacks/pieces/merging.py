@@ -1,0 +1,145 @@
+"""What the pieces of a batch log and return becomes what the whole batch would have logged and returned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class PieceLogs:
+    """Holds back what ``self.log`` is given inside pieces, and passes it on once for the batch.
+
+    So a step's value is that of the whole batch, a piece that failed logs nothing, and ``sync_dist`` communicates as
+    often on each rank, however many pieces it needed. Means are weighted as the pieces' gradients are, or by the
+    ``batch_size`` that was given to ``self.log``; a Metric object is passed on as it is.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, str], _Entry] = {}
+        self._current: list[tuple[tuple[str, str], Any, dict[str, Any]]] = []
+
+    @contextmanager
+    def hold_back(self, results: Any) -> Iterator[None]:
+        """Inside, nothing reaches Lightning's results; after it without an error, everything does, once."""
+        if results is None:
+            yield
+            return
+
+        def log(fx: str, name: str, value: Any, **options: Any) -> None:
+            if not options.get("enable_graph"):
+                value = value.detach() if isinstance(value, Tensor) else value
+            self._current.append(((fx, name), value, options))
+
+        self._kept.clear()
+        self._current.clear()
+        results.__dict__["log"] = log
+        try:
+            yield
+        finally:
+            results.__dict__.pop("log", None)
+        for (fx, name), entry in self._kept.items():
+            results.log(fx, name, entry.value(), **entry.options)
+        self._kept.clear()
+
+    def keep(self, weight: Any) -> None:
+        """A piece is done. ``weight`` is its weight in the gradient, a number or a tensor of shape ()."""
+        for key, value, options in self._current:
+            self._kept.setdefault(key, _Entry()).add(value, weight, options)
+        self._current.clear()
+
+    def discard(self) -> None:
+        """A piece failed."""
+        self._current.clear()
+
+
+class _Entry:
+    def __init__(self) -> None:
+        self.values: list[Any] = []
+        self.weights: list[Any] = []
+        self.options: dict[str, Any] = {}
+
+    def add(self, value: Any, weight: Any, options: dict[str, Any]) -> None:
+        given = options.get("batch_size")
+        self.values.append(value)
+        self.weights.append(weight if given is None else given)
+        if given is not None:
+            options = {**options, "batch_size": given + (self.options.get("batch_size") or 0)}
+        self.options = options
+
+    def value(self) -> Any:
+        if len(self.values) == 1 or isinstance(self.values[0], Metric) or not isinstance(self.values[0], Tensor):
+            return self.values[-1]
+        reduce = self.options.get("reduce_fx", torch.mean)
+        name = reduce if isinstance(reduce, str) else getattr(reduce, "__name__", "mean")
+        values = torch.stack(self.values)
+        if name in ("sum", "min", "max"):
+            return getattr(values, f"a{name}" if name != "sum" else name)(0)
+        return weighted_mean(self.values, self.weights)
+
+
+def weighted_mean(values: Sequence[Tensor], weights: Sequence[Any]) -> Tensor:
+    """Mean of values, each of shape (), by weights; a plain mean where no weight is above 0."""
+    if len(values) == 1:
+        return values[0]
+    stacked = torch.stack(list(values))
+    exact = torch.float32 if stacked.device.type == "mps" else torch.float64
+    scale = torch.stack([torch.as_tensor(weight, device=stacked.device).to(exact) for weight in weights])
+    total = scale.sum()
+    mean = torch.where(total > 0, (stacked.to(exact) * scale).sum() / total.clamp(min=1e-300), stacked.to(exact).mean())
+    return mean.to(stacked.dtype if stacked.is_floating_point() else torch.get_default_dtype())
+
+
+def merge_outputs(outputs: Sequence[Any], rows: Sequence[float], weights: Sequence[Any]) -> Any:
+    """Join what a step returned for each piece.
+
+    Tensors and lists with one entry per row are joined in the order of the pieces; of tensors of shape () integers
+    are summed (they count) and others averaged; mappings and tuples are joined entry by entry; what is equal for all
+    stays; the rest becomes a list with one entry per piece.
+
+    Args:
+        outputs: One per piece.
+        rows: Rows of each piece.
+        weights: Weight of each piece in a mean.
+    """
+    first = outputs[0]
+    if len(outputs) == 1 or first is None:
+        return first
+    if any(type(output) is not type(first) for output in outputs):
+        return list(outputs)
+    if isinstance(first, Tensor):
+        return _merge_tensors(outputs, rows, weights)
+    if isinstance(first, Mapping) and all(output.keys() == first.keys() for output in outputs):
+        items = {key: merge_outputs([output[key] for output in outputs], rows, weights) for key in first}
+        return items if type(first) is dict else _remake(first, items)
+    if isinstance(first, (list, tuple)):
+        if all(len(output) == number for output, number in zip(outputs, rows, strict=True)):
+            return type(first)(entry for output in outputs for entry in output)
+        if all(len(output) == len(first) for output in outputs):
+            merged = [merge_outputs(entries, rows, weights) for entries in zip(*outputs, strict=True)]
+            return type(first)(*merged) if hasattr(first, "_fields") else type(first)(merged)
+        return list(outputs)
+    if isinstance(first, (str, bytes, bool)) or all(output is first or output == first for output in outputs):
+        return first if all(output == first for output in outputs) else list(outputs)
+    return list(outputs)
+
+
+def _merge_tensors(outputs: Sequence[Tensor], rows: Sequence[float], weights: Sequence[Any]) -> Any:
+    if all(output.ndim == 0 for output in outputs):
+        counts = not (outputs[0].is_floating_point() or outputs[0].is_complex())
+        return torch.stack(list(outputs)).sum() if counts else weighted_mean(outputs, weights)
+    per_row = all(output.ndim and output.shape[0] == number for output, number in zip(outputs, rows, strict=True))
+    if per_row and len({output.shape[1:] for output in outputs}) == 1:
+        return torch.cat(list(outputs))
+    return list(outputs)
+
+
+def _remake(first: Any, items: dict[str, Any]) -> Any:
+    try:
+        return type(first)(items)
+    except TypeError:
+        return items

@@ -1,0 +1,158 @@
+"""What training and inference share: planning, and what happens after an out-of-memory error."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+
+from lightning_llm.callbacks.pieces.cutting import BatchCutter, CannotSplit, Piece
+from lightning_llm.callbacks.pieces.limits import PieceLimits
+from lightning_llm.callbacks.pieces.memory import is_out_of_memory, release_memory
+from lightning_llm.callbacks.pieces.merging import PieceLogs
+from lightning_llm.callbacks.pieces.reduction import LocalReduction
+from lightning_llm.callbacks.pieces.undo import StateKeeper
+
+log = logging.getLogger(__name__)
+
+
+class BatchReport(NamedTuple):
+    """How a batch was run: number of pieces, cost of the largest one that fitted, pieces that failed."""
+
+    num_pieces: int
+    largest: int
+    num_failed: int
+
+
+class Transfer:
+    """Moves batches to the device; one that does not fit stays on the host and is moved piece by piece.
+
+    Args:
+        inner: The strategy's ``batch_to_device``.
+        retry_every: Batches after which a large one is tried whole again.
+    """
+
+    def __init__(self, inner: Callable[..., Any], cutter: BatchCutter, device: torch.device, retry_every: int) -> None:
+        self.inner = inner
+        self._cutter = cutter
+        self._device = device
+        self._retry_every = max(retry_every, 1)
+        self._too_large: int | None = None
+        self._calm = 0
+        self._on_host: Any = None
+
+    def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Lightning calls it; returns the batch as it was if it does not fit."""
+        self._on_host = None
+        if self._too_large is not None:
+            self._calm += 1
+            if self._calm < self._retry_every and self._cutter.whole(batch).cost >= self._too_large:
+                self._on_host = batch
+                return batch
+        try:
+            return self.inner(batch, *args, **kwargs)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        release_memory(self._device)
+        self._too_large, self._calm = self._cutter.whole(batch).cost, 0
+        log.warning(
+            "Out of memory while moving a batch to %s: it stays on the host and is moved in pieces.", self._device
+        )
+        self._on_host = batch
+        return batch
+
+    def left_on_host(self, batch: Any) -> bool:
+        """Whether this batch has to be moved in pieces."""
+        return self._on_host is not None and batch is self._on_host
+
+
+class PieceRunner:
+    """What training and inference share: planning, and what happens after an out-of-memory error.
+
+    Args:
+        trainer: Set up for a run.
+        cutter: Cuts batches.
+        limits: How large pieces may be; learns.
+        reduction: How ranks meet.
+        transfer: Moves pieces of batches that are still on the host.
+        min_rows: Rows below which no piece is cut.
+    """
+
+    def __init__(
+        self,
+        trainer: L.Trainer,
+        cutter: BatchCutter,
+        limits: PieceLimits,
+        reduction: LocalReduction,
+        transfer: Transfer,
+        name: str = "training",
+    ) -> None:
+        assert trainer.strategy.lightning_module is not None
+        self.trainer = trainer
+        self.module = trainer.strategy.lightning_module
+        self.device = trainer.strategy.root_device
+        self.cutter = cutter
+        self.limits = limits
+        self.reduction = reduction
+        self.transfer = transfer
+        self.name = name
+        self.keeper = StateKeeper(self.module, self.device)
+        self.report = BatchReport(1, 0, 0)
+        self._logs = PieceLogs()
+
+    def plan(self, whole: Piece) -> tuple[list[Piece], int]:
+        """Pieces within their limits, as many on each rank where ranks need that; and how many of them are repeats.
+
+        A rank with too few rows repeats its last piece, with a weight of 0.
+        """
+        pieces = self.cutter.cut(whole, self.limits.cost)
+        number = self.reduction.agree(len(pieces))
+        if number > len(pieces):
+            pieces = self.cutter.at_least(pieces, number)
+        missing = max(number - len(pieces), 0)
+        return pieces + pieces[-1:] * missing, missing
+
+    def smaller(self, piece: Piece, error: BaseException) -> list[Piece]:
+        """Learn that a piece failed, and cut it.
+
+        Raises:
+            torch.OutOfMemoryError: If it cannot be cut.
+        """
+        limit = self.limits.of(piece.length)
+        limit.failed(piece.cost, self.limits.grow_every)
+        try:
+            parts = self.cutter.cut(piece, self.limits.cost)
+            if len(parts) == 1:
+                parts = self.cutter.halve(piece)
+        except CannotSplit as reason:
+            raise reason from error
+        if len(parts) == 1:
+            raise torch.OutOfMemoryError(
+                f"Out of memory in {self.name} with a single row of {piece.length} columns (cost {piece.cost}) on rank "
+                f"{self.trainer.global_rank}: it cannot be cut along the batch. Use shorter rows, gradient "
+                f"checkpointing, lower precision, or a smaller or sharded model."
+            ) from error
+        log.warning(
+            "Out of memory in %s on rank %d: a piece of cost %d (%g rows of %d columns) is run again in %d pieces; the "
+            "limit is now %d.",
+            *(self.name, self.trainer.global_rank, piece.cost, piece.num_rows, piece.length, len(parts), limit.limit),
+        )
+        return parts
+
+    def batch_done(self, whole: Piece, lengths: set[int], report: BatchReport) -> None:
+        """Let the limit grow after calm batches."""
+        self.report = report
+        if report.num_failed or not self.reduction.recovers:
+            return
+        for limit in {id(limit): limit for limit in map(self.limits.of, lengths)}.values():
+            ceiling = min(whole.cost, self.limits.ceiling or whole.cost)
+            if limit.limit is not None and limit.limit < ceiling and limit.step_done(self.limits.grow_every):
+                log.info("After calm batches, pieces of %s may have cost %d.", self.name, limit.limit)
+
+    def to_device(self, whole: Any, piece: Any) -> Any:
+        """Move a piece, if its batch did not fit."""
+        return self.transfer.inner(piece) if self.transfer.left_on_host(whole) else piece

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict, deque
 from contextlib import nullcontext
+from dataclasses import InitVar, dataclass, field
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -54,45 +55,48 @@ class TrainingPieces(PieceRunner):
         whole = self.cutter.whole(kwargs["batch"])
         if inner._zero_grad_fn is not None:
             inner._zero_grad_fn()
-        pieces, num_repeated = self.plan(whole)
-        todo = deque(_Task(piece) for piece in pieces)
-        done: list[_Done] = []
-        num_failed = 0
-        begun: frozenset[nn.Parameter] = frozenset()  # being reduced, where an overlapped piece failed
-        is_reduced = False
-        with self._logs.hold_back(self.trainer._results), self.reduction.pieces(stepping):
-            while todo:
-                task = todo.popleft()
-                is_last = not todo
-                self.reduction.begin_piece(is_last)
-                if len(todo) < num_repeated:
-                    self._repeat(kwargs, task.piece)
-                    continue
-                beside = self.guard.has_gradients
-                trusted = self.limits.of(task.piece.length).is_trusted(task.piece.cost, beside)
-                overlapped = self.overlap and stepping and is_last and trusted and not task.skip and not begun
-                failure = self._attempt(inner, kwargs, whole, task, trusted, overlapped, bool(begun))
-                if isinstance(failure, _Done):
-                    done.append(failure)
-                    self.limits.of(task.piece.length).fitted(task.piece.cost, beside)
-                    is_reduced = overlapped
-                    continue
-                num_failed += 1
-                if overlapped:
-                    begun = failure.added
-                parts = self.smaller(task.piece, failure.error)
-                skip = task.skip | failure.added
-                if not done and not skip and not num_repeated:
-                    todo = deque(_Task(piece) for piece in self.plan(whole)[0])  # as if the limit had been known
-                else:
-                    todo = deque(small for other in todo for small in self._shrunk(other))
-                    todo.extendleft(reversed([_Task(part, skip) for part in parts]))
-        if stepping and not is_reduced:
-            self.reduction.finish(begun)
-        report = BatchReport(len(done), max(d.piece.cost for d in done), num_failed)
+        state = _BatchState(whole, stepping, *self.plan(whole))
+        with self._logs.hold_back(
+            self.trainer._results
+        ):  # what they communicate comes after the gradients, on all ranks
+            with self.reduction.pieces(stepping):
+                while state.todo:
+                    self._run_next(inner, kwargs, state)
+            if stepping and not state.is_reduced:
+                self.reduction.finish(state.begun)
+        done = state.done
+        report = BatchReport(len(done), max(d.piece.cost for d in done), state.num_failed)
         self.batch_done(whole, {d.piece.length for d in done}, report)
-        self._watch_pressure(whole, num_failed)
+        self._watch_pressure(whole, state.num_failed)
         return _merge(done)
+
+    def _run_next(self, inner: Closure, kwargs: OrderedDict[str, Any], state: _BatchState) -> None:
+        """Try the next piece; if it fails, put smaller ones in its place."""
+        task = state.todo.popleft()
+        is_last = not state.todo
+        self.reduction.begin_piece(is_last)
+        if len(state.todo) < state.num_repeated:
+            self._repeat(kwargs, task.piece)
+            return
+        beside = self.guard.has_gradients
+        trusted = self.limits.of(task.piece.length).is_trusted(task.piece.cost, beside)
+        overlapped = self.overlap and state.stepping and is_last and trusted and not task.skip and not state.begun
+        outcome = self._attempt(inner, kwargs, state, task, trusted, overlapped)
+        if isinstance(outcome, _Done):
+            state.done.append(outcome)
+            self.limits.of(task.piece.length).fitted(task.piece.cost, beside)
+            state.is_reduced = overlapped
+            return
+        state.num_failed += 1
+        if overlapped:
+            state.begun = outcome.added
+        parts = self.smaller(task.piece, outcome.error)
+        skip = task.skip | outcome.added
+        if not state.done and not skip:
+            state.todo = deque(_Task(piece) for piece in self.plan(state.whole)[0])  # as if the limit had been known
+            return
+        later = [_Task(piece, t.skip) for t in state.todo for piece in self.cutter.cut(t.piece, self.limits.cost)]
+        state.todo = deque([*(_Task(part, skip) for part in parts), *later])
 
     # ---- details -------------------------------------------------------------------------------------------------
 
@@ -102,21 +106,18 @@ class TrainingPieces(PieceRunner):
         callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         return next((c for c in callbacks if getattr(c, "normalizes_gradients", False)), None)
 
-    def _shrunk(self, task: _Task) -> list[_Task]:
-        return [_Task(piece, task.skip) for piece in self.cutter.cut(task.piece, self.limits.cost)]
-
     def _attempt(
         self,
         inner: Closure,
         kwargs: OrderedDict[str, Any],
-        whole: Piece,
+        state: _BatchState,
         task: _Task,
         trusted: bool,
         overlapped: bool,
-        aside: bool,
     ) -> _Done | _Failure:
         """Forward and backward of one piece; after an out-of-memory error everything is as before."""
         piece = task.piece
+        aside = bool(state.begun)
         fx = self.module._current_fx_name
         if self.reduction.recovers:
             self.keeper.note()
@@ -124,7 +125,7 @@ class TrainingPieces(PieceRunner):
         error: BaseException | None = None
         try:
             with self._backward_aside(task.skip) if aside else nullcontext():
-                result = self._forward_backward(inner, kwargs, whole, piece, overlapped)
+                result = self._forward_backward(inner, kwargs, state.whole, piece, overlapped)
         except Exception as raised:
             if not is_out_of_memory(raised):
                 raise
@@ -245,6 +246,35 @@ class _Done(NamedTuple):
 class _Failure(NamedTuple):
     error: BaseException
     added: frozenset[nn.Parameter]
+
+
+@dataclass
+class _BatchState:
+    """Where a batch stands.
+
+    Attributes:
+        whole: The batch.
+        stepping: An optimizer step follows.
+        pieces: As planned.
+        num_repeated: The last ones, which only take part in the other ranks' collectives.
+        todo: Pieces to come.
+        done: Pieces whose gradient is in.
+        num_failed: Pieces that failed.
+        begun: Parameters that are being reduced, where a piece failed while it was reduced.
+        is_reduced: The last piece was reduced in its backward.
+    """
+
+    whole: Piece
+    stepping: bool
+    pieces: InitVar[list[Piece]]
+    num_repeated: int
+    done: list[_Done] = field(default_factory=list)
+    num_failed: int = 0
+    begun: frozenset[nn.Parameter] = frozenset()
+    is_reduced: bool = False
+
+    def __post_init__(self, pieces: list[Piece]) -> None:
+        self.todo = deque(_Task(piece) for piece in pieces)
 
 
 class _PieceClosure(Closure):

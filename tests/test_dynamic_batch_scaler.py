@@ -1,10 +1,21 @@
 """DynamicBatchScaler: the gradient is that of the whole batch, whatever fits."""
 
-import pytest
-from scarce_memory import Scarce
-from token_training import GLOBAL_BATCH, big_batch, difference, loader, rows
+import random
+import weakref
 
-from lightning_llm.callbacks import DynamicBatchScaler, TokenWeightedAccumulation
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from scarce_memory import MESSAGE, Scarce
+from support import Plain, Positions, pad_rows
+from token_training import GLOBAL_BATCH, big_batch, difference, loader, rows, weights
+from torchmetrics import CatMetric, MeanMetric
+
+from lightning_llm.callbacks import CannotSplit, DynamicBatchScaler, TokenWeightedAccumulation
+from lightning_llm.callbacks.pieces import training
+from lightning_llm.callbacks.pieces.memory import is_out_of_memory
+from lightning_llm.callbacks.pieces.undo import GradientGuard, _add
 
 TOLERANCE = 1e-12
 
@@ -90,3 +101,291 @@ def test_one_rank_out_of_memory_neither_hangs_nor_changes_the_others(run_ranks):
         assert (found[1]["failed"] > 0) == fails, name
         if case.get("unused"):  # never touched: no decay either
             assert found[0]["unused"] == found[1]["unused"] == [1.0, 1.0, 1.0], name
+
+
+def test_sharded_ranks_run_equally_many_pieces_and_reduce_once_per_optimizer_step(run_ranks):
+    ranks = run_ranks("dynamic_batch_sharded", 2, time_limit=200)
+    for result in ranks:
+        for name, run in result.items():
+            assert run["error"] < TOLERANCE, name
+            assert run["steps"] == 6, name
+        assert result["pieces"]["largest"] <= 70
+        assert result["pieces"]["gathers"] > 2 * result["no pieces"]["gathers"]
+        # 6 steps, 3 groups of parameters; Lightning alone would reduce in each of the K = 2 micro-batches
+        assert result["pieces"]["reductions"] == result["pieces, K = 2"]["reductions"] == 18
+    first, second = ranks
+    assert first["search"]["limit"] == second["search"]["limit"]
+    # 20,000 bytes less a tenth less 1000, at 100 a token: 170 tokens, 7 rows of 24; never more, nothing failed
+    assert first["search"]["limit"] == 7 * 24
+    assert max(run["search"]["largest"] for run in ranks) <= 7 * 24
+
+
+# ---- a failed attempt leaves no trace ----------------------------------------------------------------------------
+
+
+class Guardless(GradientGuard):
+    """Leaves what a failed backward has added."""
+
+    def take_back(self):
+        self._end()
+        if self._earlier is not None:
+            _add(self._earlier)
+        self._earlier = None
+        return frozenset()
+
+
+def test_without_the_guard_gradients_count_twice(tiny_gpt2, quiet_trainer, monkeypatch):
+    monkeypatch.setattr(training, "GradientGuard", Guardless)
+    truth, _ = big_batch(tiny_gpt2, "sgd", None)
+    module = Scarce(tiny_gpt2, "sgd", backward_limit=90)
+    fit(quiet_trainer, module)
+    assert difference(module, truth) > 1e-6
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_trusted_piece_that_fails_is_not_added_twice(tiny_gpt2, quiet_trainer, accumulate):
+    """Memory shrinks in the middle of a batch: what fitted, beside gradients, does no longer."""
+
+    class Shrinking(Scarce):
+        def training_step(self, batch, batch_idx):
+            if self.global_step == 3 and len(self.shapes) % 3 == 0:
+                self.backward_limit = 30
+            return super().training_step(batch, batch_idx)
+
+    truth, _ = big_batch(tiny_gpt2, "adamw", 0.3)
+    module = Shrinking(tiny_gpt2, backward_limit=100)
+    scaler, _ = fit(quiet_trainer, module, GLOBAL_BATCH // accumulate, accumulate, clip=0.3, grow_every=0)
+    assert scaler.limits.num_failed >= 3
+    assert difference(module, truth) < TOLERANCE
+
+
+class Random(Scarce):
+    """Dropout, batch statistics, metrics, logs of every kind."""
+
+    def __init__(self, config, **options):
+        super().__init__({**config, "resid_pdrop": 0.3, "embd_pdrop": 0.3}, **options)
+        self.norm = torch.nn.BatchNorm1d(1).double()
+        self.accuracy = MeanMetric()
+        self.lengths = CatMetric()
+        self.steps_seen = []
+
+    def training_step(self, batch, batch_idx):
+        used = batch["attention_mask"].sum(1)
+        self.norm(used.double()[:, None])
+        self.accuracy(used.float())
+        self.lengths.update(used)
+        output = super().training_step(batch, batch_idx)
+        loss = output["loss"].detach() + random.random() + np.random.rand()  # noqa: NPY002
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        self.log("most", used.double().max(), reduce_fx="max", on_step=True, on_epoch=True)
+        self.log("rows", float(len(used)), reduce_fx="sum", on_step=True, on_epoch=True)
+        self.log("accuracy", self.accuracy, on_step=False, on_epoch=True)
+        return output
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        metrics = self.trainer.callback_metrics
+        self.steps_seen.append([float(metrics[f"{name}_step"]) for name in ("loss", "most", "rows")])
+
+
+def equal_rows(number=32, length=16):
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(0, 97, (number, length), generator=generator)
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def train_random(make_trainer, config, **options):
+    limits = {name: options.pop(name) for name in ("forward_limit", "backward_limit") if name in options}
+    L.seed_everything(3, verbose=False)
+    module = Random(config, **limits)
+    scaler, trainer = fit(make_trainer, module, data=equal_rows(), grow_every=0, **options)
+    return module, scaler, {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+@pytest.mark.parametrize("where", ["forward_limit", "backward_limit"])
+def test_a_run_that_met_errors_is_bitwise_the_run_that_knew_the_limit(tiny_gpt2, quiet_trainer, where):
+    met, scaler, met_logs = train_random(quiet_trainer, tiny_gpt2, **{where: 64})
+    knew, informed, knew_logs = train_random(quiet_trainer, tiny_gpt2, max_piece=64)
+    assert scaler.limits.num_failed > 0
+    assert informed.limits.num_failed == 0
+    assert torch.equal(weights(met), weights(knew))
+    for (name, a), b in zip(met.named_buffers(), knew.buffers(), strict=True):
+        assert torch.equal(a, b), name
+    assert torch.equal(torch.cat([x.flatten() for x in met.lengths.value]), torch.cat([x.flatten() for x in knew.lengths.value]))
+    assert met.steps_seen == knew.steps_seen
+    met_logs.pop("train/out_of_memory"), knew_logs.pop("train/out_of_memory")
+    assert met_logs == knew_logs
+
+
+def test_logs_are_those_of_the_whole_batch(tiny_gpt2, quiet_trainer):
+    class Logs(Scarce):
+        def training_step(self, batch, batch_idx):
+            output = super().training_step(batch, batch_idx)
+            used = batch["attention_mask"].sum(1).double()
+            self.log("token_mean", output["loss"], on_step=True, on_epoch=True)
+            self.log("row_mean", used.mean(), on_step=True, on_epoch=True, batch_size=len(used))
+            self.log("most", used.max(), reduce_fx=max, on_step=True, on_epoch=True)
+            self.log("least", used.min(), reduce_fx=torch.min, on_step=True, on_epoch=True)
+            self.log("sum", used.sum(), reduce_fx="sum", on_step=True, on_epoch=True)
+            return {**output, "used": used, "count": torch.tensor(len(used)), "mean": output["loss"].detach()}
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            self.seen = getattr(self, "seen", [])
+            self.seen.append({name: float(value) for name, value in self.trainer.callback_metrics.items()})
+            self.outputs = getattr(self, "outputs", [])
+            self.outputs.append({name: value.clone() for name, value in outputs.items()})
+
+    whole, pieces = Logs(tiny_gpt2), Logs(tiny_gpt2, forward_limit=70)
+    _, whole_trainer = fit(quiet_trainer, whole)
+    _, pieces_trainer = fit(quiet_trainer, pieces)
+    names = [name for name in whole_trainer.callback_metrics if "/" not in name]
+    assert len(names) == 15
+    for name in names:
+        a, b = whole_trainer.callback_metrics[name], pieces_trainer.callback_metrics[name]
+        assert float(a) == pytest.approx(float(b), rel=1e-6), name
+    for a, b in zip(whole.seen, pieces.seen, strict=True):
+        for name in (name for name in a if "/" not in name):
+            assert a[name] == pytest.approx(b[name], rel=1e-6), name
+    for a, b in zip(whole.outputs, pieces.outputs, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            torch.testing.assert_close(a[name], b[name])
+            assert b[name].grad_fn is None
+
+
+def test_what_a_failed_attempt_held_is_freed_before_the_next(tiny_gpt2, quiet_trainer):
+    alive = []
+
+    class Heavy(Scarce):
+        def training_step(self, batch, batch_idx):
+            alive.append([reference() is not None for reference in getattr(self, "earlier", [])])
+            output = super().training_step(batch, batch_idx)
+            return output
+
+        def _after_first_layer(self, layer, inputs, output):
+            hidden = super()._after_first_layer(layer, inputs, output)
+            tensor = hidden[0] if isinstance(hidden, tuple) else hidden
+            self.earlier = [*getattr(self, "earlier", []), weakref.ref(tensor)]
+            return hidden
+
+    fit(quiet_trainer, Heavy(tiny_gpt2, backward_limit=50), epochs=1)
+    assert len(alive) > 6
+    assert not any(any(held) for held in alive)
+
+
+# ---- what cannot be helped ---------------------------------------------------------------------------------------
+
+
+def test_other_errors_propagate_untouched(tiny_gpt2, quiet_trainer):
+    class Broken(Scarce):
+        def training_step(self, batch, batch_idx):
+            raise error
+
+    error = RuntimeError("The size of tensor a (3) must match the size of tensor b (4)")
+    module = Broken(tiny_gpt2)
+    with pytest.raises(RuntimeError) as raised:
+        fit(quiet_trainer, module)
+    assert raised.value is error
+
+
+def test_a_single_row_that_does_not_fit_is_a_clear_error_and_no_endless_loop(tiny_gpt2, quiet_trainer):
+    module = Scarce(tiny_gpt2, forward_limit=3)
+    with pytest.raises(torch.OutOfMemoryError, match=r"single row of \d+ columns.*cannot be cut.*checkpointing") as error:
+        fit(quiet_trainer, module)
+    assert "injected" in str(error.value.__cause__)
+    assert len(module.shapes) < 10
+
+
+def test_a_batch_that_cannot_be_cut_says_so_with_its_cause(tiny_gpt2, quiet_trainer):
+    class Constant(Scarce):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx)
+
+    batch = {**pad_rows(rows()[:4]), "shared": torch.zeros(1, 3)}
+    trainer = quiet_trainer(max_steps=1, callbacks=[TokenWeightedAccumulation(), DynamicBatchScaler()])
+    with pytest.raises(CannotSplit, match=r"batch\['shared'\]") as error:
+        trainer.fit(Constant(tiny_gpt2, forward_limit=50), Positions([batch]))
+    assert is_out_of_memory(error.value.__cause__)
+
+
+def test_an_optimizer_that_does_not_fit_leaves_the_weights_as_they_were(tiny_gpt2, quiet_trainer):
+    class Greedy(torch.optim.SGD):
+        """Updates its first group, then has no room for the state of the second."""
+
+        def step(self, closure=None):
+            loss = closure() if closure else None
+            for group in self.param_groups:
+                if group is self.param_groups[1]:
+                    raise torch.OutOfMemoryError(MESSAGE)
+                for parameter in group["params"]:
+                    self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+                    parameter.data.sub_(parameter.grad)
+            return loss
+
+    class Two(Scarce):
+        def configure_optimizers(self):
+            parameters = list(self.parameters())
+            return Greedy([{"params": parameters[:3]}, {"params": parameters[3:]}], lr=0.1)
+
+    module = Two(tiny_gpt2)
+    before = weights(module).clone()
+    with pytest.raises(torch.OutOfMemoryError, match="optimizer made its state.*LoRA"):
+        fit(quiet_trainer, module)
+    assert torch.equal(weights(module), before)
+
+
+def test_a_batch_that_does_not_fit_on_the_device_is_moved_in_pieces(tiny_gpt2, quiet_trainer):
+    class Small(Scarce):
+        moved = 0
+
+        def transfer_batch_to_device(self, batch, device, dataloader_idx):
+            if batch["input_ids"].numel() > 100:
+                self.moved += 1
+                raise RuntimeError("CUDA error: out of memory")
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    truth, _ = big_batch(tiny_gpt2, "adamw", None)
+    module = Small(tiny_gpt2)
+    _, trainer = fit(quiet_trainer, module, grow_every=100)
+    assert trainer.global_step == 6
+    assert difference(module, truth) < TOLERANCE
+    assert max(a * b for a, b in module.shapes) <= 100
+    assert 1 <= module.moved < 6  # remembered
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_piece": 0}, "`max_piece` must be 1"),
+        ({"find": "binary"}, "`find` must be"),
+        ({"margin": 1.0}, "`margin` is a share"),
+        ({"grow_every": -1}, "`grow_every` must be 0"),
+    ],
+)
+def test_wrong_arguments_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        DynamicBatchScaler(**options)
+
+
+def test_what_cannot_be_served_is_refused_with_the_reason(quiet_trainer):
+    class Manual(Plain):
+        automatic_optimization = False
+
+    class Synchronized(Plain):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.SyncBatchNorm(3)
+
+    data = [[torch.zeros(2, 3)]]
+    with pytest.raises(ValueError, match="needs automatic optimization.*Manual"):
+        quiet_trainer(max_steps=1, callbacks=[DynamicBatchScaler()]).fit(Manual(), data)
+    with pytest.raises(ValueError, match="SyncBatchNorm communicates in forward"):
+        quiet_trainer(max_steps=1, callbacks=[DynamicBatchScaler()]).fit(Synchronized(), data)
+    twice = [DynamicBatchScaler(), DynamicBatchScaler()]
+    with pytest.raises((ValueError, RuntimeError)):
+        quiet_trainer(max_steps=1, callbacks=twice).fit(Plain(), data)
+
+
+def test_static_graph_is_refused_with_the_reason(run_ranks):
+    (result,) = run_ranks("dynamic_batch_refused", 1)
+    assert "static_graph=True" in result["error"]
+    assert "Set static_graph=False" in result["error"]

@@ -316,7 +316,8 @@ def _rows_or_none(batch: Any) -> int | None:
 def _shape(batch: Any) -> tuple[int, int, int]:
     """Rows, columns, and tokens that see each other; images and other tensors of 4 dimensions have one column."""
     rows = _rows_or_none(batch) or 1
-    columns = max((tensor.shape[1] for tensor in tensors_in(batch) if tensor.ndim in (2, 3)), default=1)
+    by_row = (tensor for tensor in tensors_in(batch) if tensor.ndim in (2, 3) and tensor.shape[0] == rows)
+    columns = max((tensor.shape[1] for tensor in by_row), default=1)
     if isinstance(batch, Mapping):
         for key in _LONGEST:
             if isinstance(batch.get(key), int):

@@ -86,6 +86,11 @@ class RowLoader:
         """Label tokens of all ranks in an epoch."""
         return self.dataset.table.num_label_tokens
 
+    def longest_batch(self) -> dict[str, Tensor]:
+        """A micro-batch of the longest rows, for whoever wants to know what memory the worst one takes."""
+        longest = np.argsort(self.dataset.table.row_lengths, kind="stable")[::-1]
+        return self.dataset[longest[: self.micro_batch_size].tolist()]
+
     def __len__(self) -> int:
         num_rows, global_batch = len(self.dataset), self.micro_batch_size * self.world_size
         return num_rows // global_batch if self.drop_last else -(-num_rows // global_batch)

@@ -57,6 +57,13 @@ class RowTable:
         return int((self.length - np.maximum(self.num_context, 1)).clip(min=0).sum())
 
     @property
+    def row_lengths(self) -> Int64Array:
+        """(num_rows,) int64, tokens in each row, padding not counted."""
+        ends = np.concatenate([[0], np.cumsum(self.length)])[self.row_offsets]
+        lengths: Int64Array = np.diff(ends)
+        return lengths
+
+    @property
     def fill(self) -> float:
         """Share of the positions that hold a token, if every row is padded to ``max_length``."""
         return self.num_tokens / max(len(self) * self.max_length, 1)

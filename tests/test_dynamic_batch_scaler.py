@@ -210,7 +210,9 @@ def test_a_run_that_met_errors_is_bitwise_the_run_that_knew_the_limit(tiny_gpt2,
     assert torch.equal(weights(met), weights(knew))
     for (name, a), b in zip(met.named_buffers(), knew.buffers(), strict=True):
         assert torch.equal(a, b), name
-    assert torch.equal(torch.cat([x.flatten() for x in met.lengths.value]), torch.cat([x.flatten() for x in knew.lengths.value]))
+    assert torch.equal(
+        torch.cat([x.flatten() for x in met.lengths.value]), torch.cat([x.flatten() for x in knew.lengths.value])
+    )
     assert met.steps_seen == knew.steps_seen
     met_logs.pop("train/out_of_memory"), knew_logs.pop("train/out_of_memory")
     assert met_logs == knew_logs
@@ -289,7 +291,9 @@ def test_other_errors_propagate_untouched(tiny_gpt2, quiet_trainer):
 
 def test_a_single_row_that_does_not_fit_is_a_clear_error_and_no_endless_loop(tiny_gpt2, quiet_trainer):
     module = Scarce(tiny_gpt2, forward_limit=3)
-    with pytest.raises(torch.OutOfMemoryError, match=r"single row of \d+ columns.*cannot be cut.*checkpointing") as error:
+    with pytest.raises(
+        torch.OutOfMemoryError, match=r"single row of \d+ columns.*cannot be cut.*checkpointing"
+    ) as error:
         fit(quiet_trainer, module)
     assert "injected" in str(error.value.__cause__)
     assert len(module.shapes) < 10

@@ -17,13 +17,17 @@ OUT_OF_MEMORY = [
     RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
     RuntimeError("HIP out of memory. Tried to allocate 256.00 MiB"),
     RuntimeError("XPU out of memory. Tried to allocate 3.00 GiB. GPU 0 has a total capacity of 15.00 GiB"),
-    RuntimeError("MPS backend out of memory (MPS allocated: 17.97 GB, other allocations: 160.00 KB, max allowed: 18.13)"),
+    RuntimeError(
+        "MPS backend out of memory (MPS allocated: 17.97 GB, other allocations: 160.00 KB, max allowed: 18.13)"
+    ),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("CUDA error: HIPBLAS_STATUS_ALLOC_FAILED when calling `hipblasCreate(handle)`"),
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried to allocate"),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried to allocate"
+    ),
     RuntimeError("std::bad_alloc"),
     MemoryError(),
     MemoryError("Unable to allocate 8.00 GiB for an array with shape (1073741824,) and data type float64"),

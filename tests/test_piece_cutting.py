@@ -15,7 +15,7 @@ from transformers import BatchEncoding, DataCollatorWithFlattening
 
 from lightning_llm.callbacks.pieces.cutting import BatchCutter, CannotSplit, take_rows
 
-Pair = namedtuple("Pair", ["x", "names"])  # noqa: PYI024
+Pair = namedtuple("Pair", ["x", "names"])
 
 
 @dataclass
@@ -118,7 +118,11 @@ def test_left_padding_and_unknown_entries_of_the_same_shape_are_not_trimmed():
     mask = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])
     left = cut({"input_ids": torch.ones(2, 4, dtype=torch.long), "attention_mask": mask}, limit=4)
     assert [piece.batch["input_ids"].shape for piece in left] == [(1, 4), (1, 4)]
-    right = {"input_ids": torch.ones(2, 4, dtype=torch.long), "attention_mask": mask.flip(1), "image": torch.zeros(2, 4)}
+    right = {
+        "input_ids": torch.ones(2, 4, dtype=torch.long),
+        "attention_mask": mask.flip(1),
+        "image": torch.zeros(2, 4),
+    }
     assert [piece.batch["image"].shape for piece in cut(right, limit=4)] == [(1, 4), (1, 4)]
 
 

@@ -64,7 +64,7 @@ def longest_batch(trainer: L.Trainer, cost: Callable[[Any], int], num_batches: i
     loader: Any = trainer.train_dataloader
     if hasattr(loader, "longest_batch"):
         return loader.longest_batch()
-    if iter(loader) is loader:
+    if hasattr(loader, "__next__"):
         raise ValueError(
             f"The search at the start needs a look at the data, but {type(loader).__name__} can be iterated once only. "
             f"Use find='run', or give the loader a `longest_batch()`."

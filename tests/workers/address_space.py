@@ -84,7 +84,9 @@ def train(folder, where, callbacks):
 def main(folder: Path, where: str) -> None:
     torch.set_num_threads(1)
     whole, trainer = train(folder, where, [])
-    used = int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line[:7] == "VmSize:").split()[1])
+    used = int(
+        next(line for line in Path("/proc/self/status").read_text().splitlines() if line[:7] == "VmSize:").split()[1]
+    )
     limit = used * 1024 + 400 * 2**20  # six activations at once are 384 MiB, and there are others
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
     try:

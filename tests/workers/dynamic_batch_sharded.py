@@ -87,7 +87,7 @@ def main(folder: Path) -> None:
             callbacks=callbacks, **options,
         )  # fmt: skip
         with Communication() as communication:
-            trainer.fit(module, Shard(mine), Shard(mine[: 2 - rank] + mine[: rank]))
+            trainer.fit(module, Shard(mine), Shard(mine[: 2 - rank] + mine[:rank]))
         truth, _ = big_batch(TINY_GPT2, "adamw", 0.3, data)
         found = whole_weights(module)
         result[name] = {

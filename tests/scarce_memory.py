@@ -26,25 +26,32 @@ class Scarce(Module):
     In backward, it does so between the two layers: the later one's gradients have been added by then.
     """
 
-    def __init__(self, config, optimizer="adamw", forward_limit=None, backward_limit=None, ranks=None, **options):
+    def __init__(
+        self, config, optimizer="adamw", forward_limit=None, backward_limit=None, ranks=None, fail_at=None, **options
+    ):
         super().__init__(config, optimizer, **options)
         self.forward_limit, self.backward_limit, self.ranks = forward_limit, backward_limit, ranks
+        self.fail_at = fail_at  # (number of the attempt, "forward" or "backward"): fails whatever its size
         self.shapes, self.num_failed = [], 0
         self.model.transformer.h[0].register_forward_hook(self._after_first_layer)
 
-    def _scarce(self, limit, area):
+    def _scarce(self, limit, area, where):
+        if self.fail_at == (len(self.shapes) - 1, where):
+            return True
         return limit is not None and area > limit and (self.ranks is None or self.global_rank in self.ranks)
 
     def _after_first_layer(self, layer, inputs, output):
         hidden = output[0] if isinstance(output, tuple) else output
-        fails = torch.is_grad_enabled() and self._scarce(self.backward_limit, hidden.shape[0] * hidden.shape[1])
+        fails = torch.is_grad_enabled() and self._scarce(
+            self.backward_limit, hidden.shape[0] * hidden.shape[1], "backward"
+        )
         hidden = _FailInBackward.apply(hidden, fails, self)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def training_step(self, batch, batch_idx):
         self.shapes.append(tuple(batch["input_ids"].shape))
         output = super().training_step(batch, batch_idx)
-        if self._scarce(self.forward_limit, batch["input_ids"].numel()):
+        if self._scarce(self.forward_limit, batch["input_ids"].numel(), "forward"):
             self.num_failed += 1
             raise torch.OutOfMemoryError(MESSAGE)
         return output

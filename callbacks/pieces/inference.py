@@ -74,4 +74,5 @@ class InferencePieces(PieceRunner):
         if len(outputs) > 1 and self._merge_fn is not None:
             return self._merge_fn(outputs)
         rows = [piece.num_rows for piece in done]
-        return merge_outputs(outputs, rows, rows)
+        name = getattr(step, "__name__", "the step")
+        return merge_outputs(outputs, rows, rows, strict=True, path=f"what `{name}` returned")

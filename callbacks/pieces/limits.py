@@ -37,13 +37,15 @@ class PieceLimit:
     def failed(self, cost: int, grow_every: int) -> None:
         """A piece of this cost ran out of memory."""
         self.num_failed += 1
+        if self.good:  # a probe: nobody knew before the first success
+            self.wait = min(max(2 * self.wait, grow_every), _LONGEST_WAIT * grow_every)
+        else:
+            self.wait = grow_every
         self.bad = cost if self.bad is None else min(self.bad, cost)
         self.good = self.good if self.good < cost else 0
         self.good_beside = self.good_beside if self.good_beside < cost else 0
         self.limit = max(self.good, cost // 2, 1)
         self.calm = 0
-        longest = _LONGEST_WAIT * grow_every
-        self.wait = min(max(2 * self.wait, grow_every), longest)
 
     def fitted(self, cost: int, beside_gradients: bool) -> None:
         """A piece of this cost was run to the end of backward."""

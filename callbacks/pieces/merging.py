@@ -94,48 +94,67 @@ def weighted_mean(values: Sequence[Tensor], weights: Sequence[Any]) -> Tensor:
     return mean.to(stacked.dtype if stacked.is_floating_point() else torch.get_default_dtype())
 
 
-def merge_outputs(outputs: Sequence[Any], rows: Sequence[float], weights: Sequence[Any]) -> Any:
+def merge_outputs(
+    outputs: Sequence[Any], rows: Sequence[float], weights: Sequence[Any], strict: bool = False, path: str = "it"
+) -> Any:
     """Join what a step returned for each piece.
 
     Tensors and lists with one entry per row are joined in the order of the pieces; of tensors of shape () integers
     are summed (they count) and others averaged; mappings and tuples are joined entry by entry; what is equal for all
-    stays; the rest becomes a list with one entry per piece.
+    stays; the rest becomes a list with one entry per piece, or is refused.
 
     Args:
         outputs: One per piece.
         rows: Rows of each piece.
         weights: Weight of each piece in a mean.
+        strict: Refuse what cannot be joined.
+        path: What this is, for the message.
+
+    Raises:
+        ValueError: If ``strict``, naming what cannot be joined.
     """
     first = outputs[0]
     if len(outputs) == 1 or first is None:
         return first
-    if any(type(output) is not type(first) for output in outputs):
-        return list(outputs)
-    if isinstance(first, Tensor):
-        return _merge_tensors(outputs, rows, weights)
-    if isinstance(first, Mapping) and all(output.keys() == first.keys() for output in outputs):
-        items = {key: merge_outputs([output[key] for output in outputs], rows, weights) for key in first}
+    same_type = all(type(output) is type(first) for output in outputs)
+    if same_type and isinstance(first, Tensor):
+        if all(output.ndim == 0 for output in outputs):
+            counts = not (first.is_floating_point() or first.is_complex())
+            return torch.stack(list(outputs)).sum() if counts else weighted_mean(outputs, weights)
+        if _is_by_row(outputs, rows) and len({(output.shape[1:], output.device) for output in outputs}) == 1:
+            return torch.cat(list(outputs))
+    elif same_type and isinstance(first, Mapping) and all(output.keys() == first.keys() for output in outputs):
+        items = {
+            key: merge_outputs([output[key] for output in outputs], rows, weights, strict, f"{path}[{key!r}]")
+            for key in first
+        }
         return items if type(first) is dict else _remake(first, items)
-    if isinstance(first, (list, tuple)):
-        if all(len(output) == number for output, number in zip(outputs, rows, strict=True)):
+    elif same_type and isinstance(first, (list, tuple)):
+        is_named = hasattr(first, "_fields")
+        if _is_by_row(outputs, rows) and not is_named:
             return type(first)(entry for output in outputs for entry in output)
         if all(len(output) == len(first) for output in outputs):
-            merged = [merge_outputs(entries, rows, weights) for entries in zip(*outputs, strict=True)]
-            return type(first)(*merged) if hasattr(first, "_fields") else type(first)(merged)
-        return list(outputs)
-    if isinstance(first, (str, bytes, bool)) or all(output is first or output == first for output in outputs):
-        return first if all(output == first for output in outputs) else list(outputs)
+            merged = [
+                merge_outputs(entries, rows, weights, strict, f"{path}[{i}]")
+                for i, entries in enumerate(zip(*outputs, strict=True))
+            ]
+            return type(first)(*merged) if is_named else type(first)(merged)
+    elif same_type and isinstance(first, (str, bytes, bool, int, float)) and all(out == first for out in outputs):
+        return first
+    if strict:
+        kinds = [tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__ for out in outputs]
+        raise ValueError(
+            f"A batch was run in {len(outputs)} pieces of {[int(n) for n in rows]} rows, and {path} cannot be joined: "
+            f"{kinds}. Return tensors or lists with one entry per row, or pass DynamicBatchScaler(merge_fn=...)."
+        )
     return list(outputs)
 
 
-def _merge_tensors(outputs: Sequence[Tensor], rows: Sequence[float], weights: Sequence[Any]) -> Any:
-    if all(output.ndim == 0 for output in outputs):
-        counts = not (outputs[0].is_floating_point() or outputs[0].is_complex())
-        return torch.stack(list(outputs)).sum() if counts else weighted_mean(outputs, weights)
-    per_row = all(output.ndim and output.shape[0] == number for output, number in zip(outputs, rows, strict=True))
-    if per_row and len({output.shape[1:] for output in outputs}) == 1:
-        return torch.cat(list(outputs))
-    return list(outputs)
+def _is_by_row(outputs: Sequence[Any], rows: Sequence[float]) -> bool:
+    return all(
+        len(output) == number if not isinstance(output, Tensor) or output.ndim else False
+        for output, number in zip(outputs, rows, strict=True)
+    )
 
 
 def _remake(first: Any, items: dict[str, Any]) -> Any:

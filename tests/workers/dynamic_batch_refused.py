@@ -17,7 +17,8 @@ from lightning_llm.callbacks import DynamicBatchScaler
 def main(folder: Path) -> None:
     trainer = L.Trainer(
         accelerator="cpu", devices=1, strategy=DDPStrategy(static_graph=True), logger=False, max_steps=1,
-        enable_checkpointing=False, enable_progress_bar=False, default_root_dir=folder, callbacks=[DynamicBatchScaler()],
+        enable_checkpointing=False, enable_progress_bar=False, default_root_dir=folder,
+        callbacks=[DynamicBatchScaler()],
     )  # fmt: skip
     try:
         trainer.fit(Plain(), [[torch.zeros(2, 3)]])

@@ -1,4 +1,4 @@
-"""Two FSDP2 ranks with unequal rows: equal numbers of pieces, one reduction per optimizer step, a search that foresees."""
+"""Two FSDP2 ranks with unequal rows: equally many pieces, one reduction per optimizer step, a search that foresees."""
 
 import json
 import os

@@ -260,8 +260,7 @@ def test_what_a_failed_attempt_held_is_freed_before_the_next(tiny_gpt2, quiet_tr
     class Heavy(Scarce):
         def training_step(self, batch, batch_idx):
             alive.append([reference() is not None for reference in getattr(self, "earlier", [])])
-            output = super().training_step(batch, batch_idx)
-            return output
+            return super().training_step(batch, batch_idx)
 
         def _after_first_layer(self, layer, inputs, output):
             hidden = super()._after_first_layer(layer, inputs, output)

@@ -56,7 +56,7 @@ def shuffled_loader(workers=0):
 )
 def test_the_search_restores_everything_bit_for_bit(tiny_gpt2, quiet_trainer, make_loader):
     """With ``max_piece`` both runs cut alike, so that whatever the search left behind would show."""
-    searched, scaler, searched_trainer = train(quiet_trainer, tiny_gpt2, make_loader(), "start")
+    searched, _, searched_trainer = train(quiet_trainer, tiny_gpt2, make_loader(), "start")
     plain, _, plain_trainer = train(quiet_trainer, tiny_gpt2, make_loader(), "run")
     num_probes = len(searched.draws) - len(plain.draws)
     assert num_probes >= 2

@@ -66,7 +66,7 @@ class InferencePieces(PieceRunner):
                 self._logs.discard()
                 self.module._current_fx_name = fx
                 self.keeper.restore()
-                release_memory(self.device)
+                release_memory(self.device, thorough=num_failed > 1)
                 todo.extendleft(reversed(self.smaller(piece, error)))
                 todo = deque(small for other in todo for small in self.cutter.cut(other, self.limits.cost))
         report = BatchReport(len(done), max(piece.cost for piece in done), num_failed)

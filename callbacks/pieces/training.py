@@ -149,7 +149,7 @@ class TrainingPieces(PieceRunner):
         self.module._current_fx_name = fx
         added = self.guard.take_back()
         self.keeper.restore()
-        release_memory(self.device)
+        release_memory(self.device, thorough=state.num_failed > 0)
         return _Failure(error, added)
 
     def _forward_backward(

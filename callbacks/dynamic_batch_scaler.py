@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 Find = Literal["run", "start"]
 
+_FIRST_STEPS = 8  # a gradient scaler may skip some before the optimizer makes its state
 _STEPS = ("validation_step", "test_step", "predict_step")
 
 
@@ -38,7 +39,7 @@ class DynamicBatchScaler(L.Callback):
     own.
 
     With :class:`~lightning_llm.callbacks.TokenWeightedAccumulation` pieces are weighted by their label tokens, else by
-    their rows.
+    their rows; ``training_step`` returns a mean, as it does for Lightning's accumulation.
 
     Args:
         max_piece: Most that is tried at once, in tokens (rows times columns, padding included) or what ``cost_fn``
@@ -50,7 +51,8 @@ class DynamicBatchScaler(L.Callback):
         grow_every: Batches without an error before a larger piece is tried; twice as many after each failure; 0 for
             never.
         trim_padding: Cut off columns that are right padding in all rows of a piece (Hugging Face batches).
-        sort_by_length: Put rows of similar length into the same piece, in training.
+        sort_by_length: Put rows of similar length into the same piece, in training; what ``training_step`` returns for
+            each row then comes in that order.
         overlap: With DDP, reduce gradients during the backward of a step's last piece, where it is known to fit.
         split_fn: ``(batch, number of pieces) -> pieces``, for batches that are not made of rows.
         cost_fn: ``batch -> cost``, an integer that grows with the memory that a piece takes.
@@ -104,7 +106,7 @@ class DynamicBatchScaler(L.Callback):
         self._inference: InferencePieces | None = None
         self._undo: list[Callable[[], None]] = []
         self._transfer: Transfer | None = None
-        self._num_failed = 0
+        self._num_steps = 0
 
     # ---- hooks ---------------------------------------------------------------------------------------------------
 
@@ -115,10 +117,11 @@ class DynamicBatchScaler(L.Callback):
         strategy = trainer.strategy
         transfer = Transfer(strategy.batch_to_device, self._cutter, strategy.root_device, self.limits.grow_every)
         self._transfer = transfer
-        self._replace(strategy, "batch_to_device", transfer)
+        self._replace(strategy, "batch_to_device", self._batch_to_device(trainer, transfer))
         for name in _STEPS:
             self._replace(strategy, name, self._evaluation_step(trainer, getattr(strategy, name)))
         if stage == "fit":
+            self._num_steps = 0
             loop = trainer.fit_loop.epoch_loop.automatic_optimization
             self._replace(loop, "_make_closure", self._closure_maker(trainer, loop._make_closure))
             self._replace(strategy, "optimizer_step", self._optimizer_step(strategy.optimizer_step))
@@ -127,7 +130,6 @@ class DynamicBatchScaler(L.Callback):
         """Refuse what shows only now; search."""
         _check_model(trainer, pl_module)
         training = self._training_pieces(trainer)
-        self._num_failed = self.limits.num_failed
         sharded = not training.reduction.recovers
         wanted = self.find == "start" or (sharded and self.limits.ceiling is None)
         if wanted and not self.limits.buckets:
@@ -201,6 +203,13 @@ class DynamicBatchScaler(L.Callback):
             self._inference = InferencePieces(*parts, merge_fn=self.merge_fn)
         return self._inference
 
+    def _batch_to_device(self, trainer: L.Trainer, transfer: Transfer) -> Callable[..., Any]:
+        def batch_to_device(batch: Any, *args: Any, **kwargs: Any) -> Any:
+            move = transfer.inner if _is_searching(trainer) else transfer
+            return move(batch, *args, **kwargs)
+
+        return batch_to_device
+
     def _closure_maker(self, trainer: L.Trainer, inner: Callable[..., Any]) -> Callable[..., Any]:
         def make_closure(kwargs: OrderedDict[str, Any], optimizer: Any, batch_idx: int) -> Any:
             closure = inner(kwargs, optimizer, batch_idx)
@@ -221,7 +230,8 @@ class DynamicBatchScaler(L.Callback):
     def _optimizer_step(self, inner: Callable[..., Any]) -> Callable[..., Any]:
         def optimizer_step(optimizer: Any, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
             plain = getattr(optimizer, "optimizer", optimizer)
-            if plain.state:
+            self._num_steps += 1
+            if plain.state or self._num_steps > _FIRST_STEPS:
                 return inner(optimizer, closure, *args, **kwargs)
             weights = WeightsCopy(plain)
             has_run = False

@@ -122,7 +122,7 @@ class TokenWeightedAccumulation(L.Callback):
         """Weight the micro-batch: by its tokens, and by K, as Lightning has divided by it."""
         current = self._current
         assert current is not None, "training_step was not seen"
-        if not self._added:  # again where the window's first backward failed and is run in smaller pieces
+        if self._window_unit is None:
             self._window_unit = self._choose_unit(trainer, current.weight)
         assert self._window_unit is not None
         weight = (current.weight * trainer.accumulate_grad_batches / self._window_unit).to(loss.dtype)
@@ -135,6 +135,12 @@ class TokenWeightedAccumulation(L.Callback):
         self.last_weight = self._current.weight
         self._current = None
 
+    def on_backward_failed(self) -> None:
+        """Whoever took back a failed backward says so: if it was the window's first, another weight counts as one."""
+        self._current = None
+        if not self._added:
+            self._window_unit = None
+
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
@@ -144,7 +150,8 @@ class TokenWeightedAccumulation(L.Callback):
         weight, loss, count, num_empty_bad = self._step_sums(trainer)
         if num_empty_bad:
             raise ValueError(
-                "training_step returned a loss that is not finite for a micro-batch without a single token (weight 0); "
+                "training_step returned a loss that is not finite for a micro-batch, or a piece of one, without a "
+                "single token (weight 0); "
                 "its gradient would spoil the whole step. Return a sum divided by max(num_tokens, 1)."
             )
         assert self._window_unit is not None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,8 @@ _COLUMNS = {
     *("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids", "labels", "loss_mask"),
     *("special_tokens_mask", "decoder_input_ids", "decoder_attention_mask", "completion_mask", "assistant_masks"),
 }
+# Those of them that say which columns count.
+_MASKS = {"decoder_attention_mask", "loss_mask", "completion_mask", "assistant_masks"}
 
 
 class CannotSplit(ValueError):  # noqa: N818 - says what is wrong better than with Error at its end
@@ -91,7 +94,7 @@ class BatchCutter:
             parts = self.halve(piece)
             return [small for part in parts for small in self.cut(part, limit_of)] if len(parts) > 1 else [piece]
         num_rows = count_rows(piece.batch)
-        if num_rows == 1:
+        if num_rows <= 1:
             return self._cut_documents(piece, limit)
         lengths = _row_lengths(piece.batch, num_rows) if self.trim_padding or self.sort_by_length else None
         if lengths is None:
@@ -102,15 +105,22 @@ class BatchCutter:
     def halve(self, piece: Piece) -> list[Piece]:
         """Two parts, or the piece itself if it is a single row of a single document."""
         if self.split_fn is not None:
+            if self.cost_fn is None and _rows_or_none(piece.batch) is None:
+                raise CannotSplit(
+                    f"split_fn cuts this {type(piece.batch).__name__}, but without tensors in it nothing says how "
+                    f"large a piece is. Pass cost_fn=lambda batch: ... too."
+                )
             parts = list(self.split_fn(piece.batch, 2))
             if len(parts) < 2:
                 return [piece]
             rows = [_rows_or_none(part) for part in parts]
             total = sum(row or 0 for row in rows) if all(rows) else 0
             shares = [row / total for row in rows if row] if total else [1 / len(parts)] * len(parts)
+            if total == piece.num_rows:
+                return [self._piece(part, float(row or 0)) for part, row in zip(parts, rows, strict=True)]
             return [self._piece(part, piece.num_rows * share) for part, share in zip(parts, shares, strict=True)]
         num_rows = count_rows(piece.batch)
-        if num_rows == 1:
+        if num_rows <= 1:
             return self._cut_documents(piece, -(-piece.cost // 2))
         return self._cut_evenly(piece, num_rows, 2)
 
@@ -195,11 +205,16 @@ class BatchCutter:
 
 
 def count_rows(batch: Any) -> int:
-    """Rows of a batch: the leading dimension of the first tensor in it.
+    """Rows of a batch: the leading dimension of its first tensor, or the length of a list in a mapping.
 
     Raises:
-        CannotSplit: If there is none.
+        CannotSplit: If neither is there, or it could be both.
     """
+    if isinstance(batch, list) and any(isinstance(value, Mapping) for value in batch):
+        raise CannotSplit(
+            "The batch is a list of mappings, which may be rows or batches. Pass split_fn=lambda batch, "
+            "number_of_pieces: [...], or collate it."
+        )
     rows = _rows_or_none(batch)
     if rows is None:
         raise CannotSplit(
@@ -247,17 +262,20 @@ def take_rows(batch: Any, rows: slice | Tensor, num_rows: int, path: str = "batc
     if isinstance(batch, (list, tuple)):
         return _take_from_sequence(batch, rows, num_rows, path)
     if is_dataclass(batch) and not isinstance(batch, type):
-        changes = {f.name: take_rows(getattr(batch, f.name), rows, num_rows, f"{path}.{f.name}") for f in fields(batch)}
-        return replace(batch, **changes)
+        taken = copy.copy(batch)
+        for f in fields(batch):
+            value = take_rows(getattr(batch, f.name), rows, num_rows, f"{path}.{f.name}")
+            object.__setattr__(taken, f.name, value)
+        return taken
     raise _no_rows(path, f"type {type(batch).__name__}", num_rows)
 
 
 def _take_from_sequence(batch: Any, rows: slice | Tensor, num_rows: int, path: str) -> Any:
     """A list of strings, numbers or ragged tensors has one entry per row; a list of batches is cut entry by entry."""
     found = [_rows_or_none(value) for value in batch]
-    holds_rows = len(batch) == num_rows
+    holds_rows = len(batch) == num_rows and path != "batch"
     holds_batches = num_rows in found and all(number in (num_rows, None) for number in found)
-    if holds_rows and holds_batches and path != "batch":
+    if holds_rows and holds_batches:
         raise CannotSplit(
             f"The batch has {num_rows} rows, and {path} has as many entries of {num_rows} rows each: it could be cut "
             f"in two ways. Pass split_fn=lambda batch, number_of_pieces: [...]."
@@ -289,6 +307,18 @@ def _no_rows(path: str, what: str, num_rows: int) -> CannotSplit:
     )
 
 
+def fresh(batch: Any) -> Any:
+    """The same tensors in new containers, so that whoever pops an entry pops it from his own."""
+    if isinstance(batch, Mapping):
+        items = {key: fresh(value) for key, value in batch.items()}
+        return items if type(batch) is dict else _like(batch, items, "batch")
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*map(fresh, batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(map(fresh, batch))
+    return copy.copy(batch) if is_dataclass(batch) and not isinstance(batch, type) else batch
+
+
 def tensors_in(batch: Any) -> Iterable[Tensor]:
     """Every tensor in a batch, in its order."""
     if isinstance(batch, Tensor):
@@ -307,7 +337,24 @@ def tensors_in(batch: Any) -> Iterable[Tensor]:
 def _rows_or_none(batch: Any) -> int | None:
     if isinstance(batch, Mapping) and any(isinstance(batch.get(key), Tensor) for key in _BOUNDARIES):
         return 1  # flattened: all documents in one row
-    return next((tensor.shape[0] for tensor in tensors_in(batch) if tensor.ndim), None)
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.ndim else None
+    if isinstance(batch, Mapping):
+        values = list(batch.values())
+    elif isinstance(batch, (list, tuple)):
+        values = list(batch)
+    elif is_dataclass(batch) and not isinstance(batch, type):
+        values = [getattr(batch, f.name) for f in fields(batch)]
+    else:
+        return None
+    lists = [value for value in values if isinstance(value, list)]
+    plain = (_rows_or_none(value) for value in values if not isinstance(value, list))
+    rows = next((number for number in plain if number is not None), None)
+    if rows is None and isinstance(batch, (list, tuple)):
+        return next((number for number in map(_rows_or_none, lists) if number is not None), None)
+    if rows is None:  # what has no tensors but in lists has an entry per row in those
+        return next((len(value) for value in lists if any(True for _ in tensors_in(value))), None)
+    return rows
 
 
 # ---- columns -----------------------------------------------------------------------------------------------------
@@ -315,7 +362,8 @@ def _rows_or_none(batch: Any) -> int | None:
 
 def _shape(batch: Any) -> tuple[int, int, int]:
     """Rows, columns, and tokens that see each other; images and other tensors of 4 dimensions have one column."""
-    rows = _rows_or_none(batch) or 1
+    found = _rows_or_none(batch)
+    rows = 1 if found is None else found
     by_row = (tensor for tensor in tensors_in(batch) if tensor.ndim in (2, 3) and tensor.shape[0] == rows)
     columns = max((tensor.shape[1] for tensor in by_row), default=1)
     if isinstance(batch, Mapping):
@@ -328,15 +376,19 @@ def _shape(batch: Any) -> tuple[int, int, int]:
 def _row_lengths(batch: Any, num_rows: int) -> list[int] | None:
     """Columns of each row up to its last token or target; None if the batch does not tell (one copy to the host)."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[0] != num_rows:
-        return None
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[0] != num_rows or not isinstance(labels, Tensor):
+        return None  # without labels the loss may be made of anything
     same_shape = {key for key, v in batch.items() if isinstance(v, Tensor) and v.ndim > 1 and v.shape[:2] == mask.shape}
-    if not same_shape <= _COLUMNS:
+    if not same_shape <= _COLUMNS or ("decoder_input_ids" in same_shape and "decoder_attention_mask" not in same_shape):
         return None  # an unknown entry: its second dimension may be tokens, or may only be as long
     used = mask != 0
-    labels = batch.get("labels")
-    if isinstance(labels, Tensor) and labels.shape == mask.shape:
+    for key in same_shape & _MASKS:
+        used = used | (batch[key] != 0)
+    if labels.shape == mask.shape:
         used = used | (labels != IGNORE_INDEX)
+    elif labels.ndim != 1:
+        return None
     places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     lengths: list[int] = (used * places).amax(1).clamp(min=1).tolist()
     return lengths
@@ -390,18 +442,31 @@ def _take_documents(batch: Mapping[str, Any], edges: list[int], first: int, end:
             items[key] = value[..., first : end + 1] - begin
         elif key in _LONGEST:
             items[key] = torch.full_like(value, longest) if isinstance(value, Tensor) else longest
-        elif not isinstance(value, Tensor) or value.ndim == 0 or tuple(value.shape) == (1,):
+        elif value is None or isinstance(value, (str, bytes, int, float)) or _shape_of(value) in ((), (1,)):
             items[key] = value  # of the row as a whole
-        elif value.ndim >= 2 and value.shape[:2] == (1, tokens):
+        elif isinstance(value, list) and len(value) in (tokens, len(edges) - 1):
+            items[key] = value[begin:stop] if len(value) == tokens else value[first:end]
+        elif not isinstance(value, (Tensor, np.ndarray)):
+            raise _not_by_document(key, f"type {type(value).__name__}", tokens, len(edges) - 1)
+        elif value.ndim >= 2 and tuple(value.shape[:2]) == (1, tokens):
             items[key] = value[:, begin:stop]
         elif value.shape[0] == tokens:
             items[key] = value[begin:stop]
         elif value.shape[0] == len(edges) - 1:
             items[key] = value[first:end]  # one entry per document
         else:
-            raise CannotSplit(
-                f"The batch is one row of {tokens} tokens in {len(edges) - 1} documents, but batch[{key!r}] has shape "
-                f"{tuple(value.shape)}, and nothing says how to cut it. Pass split_fn=lambda batch, "
-                f"number_of_pieces: [...]."
-            )
+            raise _not_by_document(key, f"shape {tuple(value.shape)}", tokens, len(edges) - 1)
     return items if type(batch) is dict else _like(batch, items, "batch")
+
+
+def _shape_of(value: Any) -> tuple[int, ...] | None:
+    if isinstance(value, (Tensor, np.ndarray)):
+        return tuple(value.shape)
+    return (1,) if isinstance(value, (list, tuple)) and len(value) == 1 else None
+
+
+def _not_by_document(key: str, what: str, tokens: int, documents: int) -> CannotSplit:
+    return CannotSplit(
+        f"The batch is one row of {tokens} tokens in {documents} documents, but batch[{key!r}] has {what}, and nothing "
+        f"says how to cut it. Pass split_fn=lambda batch, number_of_pieces: [...]."
+    )

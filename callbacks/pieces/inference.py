@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lightning_llm.callbacks.pieces.cutting import Piece
-from lightning_llm.callbacks.pieces.memory import is_out_of_memory, release_memory
+from lightning_llm.callbacks.pieces.cutting import Piece, fresh
+from lightning_llm.callbacks.pieces.memory import is_out_of_memory, release_memory, without_frames
 from lightning_llm.callbacks.pieces.merging import merge_outputs
 from lightning_llm.callbacks.pieces.running import BatchReport, PieceRunner
 
@@ -32,7 +32,7 @@ class InferencePieces(PieceRunner):
             batch: The whole batch.
             *rest: The step's further arguments.
         """
-        whole = self.cutter.whole(batch)
+        whole = self.cutter.whole(fresh(batch))
         pieces, num_repeated = self.plan(whole)
         todo = deque(pieces)
         outputs: list[Any] = []
@@ -51,12 +51,12 @@ class InferencePieces(PieceRunner):
                 self.keeper.note()
                 error: BaseException | None = None
                 try:
-                    outputs.append(step(self.to_device(batch, piece.batch), *rest))
+                    given = batch if piece is whole else fresh(piece.batch)
+                    outputs.append(step(self.to_device(batch, given), *rest))
                 except Exception as raised:
                     if not is_out_of_memory(raised) or not self.reduction.recovers:
                         raise
-                    error = raised.with_traceback(None)
-                    error.__context__ = None
+                    error = without_frames(raised)
                 if error is None:
                     self._logs.keep(piece.num_rows)
                     self.limits.of(piece.length).fitted(piece.cost, False)

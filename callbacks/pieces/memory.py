@@ -42,6 +42,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return is_oom_error(error) or _MESSAGES.search(str(error)) is not None
 
 
+def without_frames(error: BaseException) -> BaseException:
+    """The error and those behind it without their tracebacks, whose frames would keep activations alive."""
+    behind: BaseException | None = error
+    while behind is not None and behind.__traceback__ is not None:
+        behind.__traceback__ = None
+        behind = behind.__cause__ or behind.__context__
+    return error
+
+
 def release_memory(device: torch.device, thorough: bool = True) -> None:
     """Collect reference cycles, and return what the device's caching allocator holds unused.
 

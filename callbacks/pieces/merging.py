@@ -16,12 +16,12 @@ class PieceLogs:
 
     So a step's value is that of the whole batch, a piece that failed logs nothing, and ``sync_dist`` communicates as
     often on each rank, however many pieces it needed. Means are weighted as the pieces' gradients are, or by the
-    ``batch_size`` that was given to ``self.log``; a Metric object is passed on as it is.
+    ``batch_size`` that was given to ``self.log``; so is a Metric object's value of the step.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[str, str], _Entry] = {}
-        self._current: list[tuple[tuple[str, str], Any, dict[str, Any]]] = []
+        self._kept: dict[tuple[str, str, int], _Entry] = {}
+        self._current: list[tuple[tuple[str, str, int], Any, dict[str, Any]]] = []
 
     @contextmanager
     def hold_back(self, results: Any) -> Iterator[None]:
@@ -33,7 +33,8 @@ class PieceLogs:
         def log(fx: str, name: str, value: Any, **options: Any) -> None:
             if not options.get("enable_graph"):
                 value = value.detach() if isinstance(value, Tensor) else value
-            self._current.append(((fx, name), value, options))
+            number = sum(key[:2] == (fx, name) for key, _, _ in self._current)  # usually the first of its name
+            self._current.append(((fx, name, number), value, options))
 
         self._kept.clear()
         self._current.clear()
@@ -42,7 +43,7 @@ class PieceLogs:
             yield
         finally:
             results.__dict__.pop("log", None)
-        for (fx, name), entry in self._kept.items():
+        for (fx, name, _), entry in self._kept.items():
             results.log(fx, name, entry.value(), **entry.options)
         self._kept.clear()
 
@@ -60,22 +61,29 @@ class PieceLogs:
 class _Entry:
     def __init__(self) -> None:
         self.values: list[Any] = []
+        self.step_values: list[Any] = []  # of metrics
         self.weights: list[Any] = []
         self.options: dict[str, Any] = {}
 
     def add(self, value: Any, weight: Any, options: dict[str, Any]) -> None:
         given = options.get("batch_size")
         self.values.append(value)
+        self.step_values.append(getattr(value, "_forward_cache", None))
         self.weights.append(weight if given is None else given)
         if given is not None:
             options = {**options, "batch_size": given + (self.options.get("batch_size") or 0)}
         self.options = options
 
     def value(self) -> Any:
-        if len(self.values) == 1 or isinstance(self.values[0], Metric) or not isinstance(self.values[0], Tensor):
-            return self.values[-1]
+        last = self.values[-1]
+        if len(self.values) == 1:
+            return last
+        if isinstance(last, Metric) and all(isinstance(v, Tensor) and v.ndim == 0 for v in self.step_values):
+            last.__dict__["_forward_cache"] = weighted_mean(self.step_values, self.weights)
+        if not isinstance(last, Tensor):
+            return last
         reduce = self.options.get("reduce_fx", torch.mean)
-        name = reduce if isinstance(reduce, str) else getattr(reduce, "__name__", "mean")
+        name = reduce.lower() if isinstance(reduce, str) else getattr(reduce, "__name__", "mean")
         values = torch.stack(self.values)
         if name in ("sum", "min", "max"):
             return getattr(values, f"a{name}" if name != "sum" else name)(0)
@@ -90,7 +98,8 @@ def weighted_mean(values: Sequence[Tensor], weights: Sequence[Any]) -> Tensor:
     exact = torch.float32 if stacked.device.type == "mps" else torch.float64
     scale = torch.stack([torch.as_tensor(weight, device=stacked.device).to(exact) for weight in weights])
     total = scale.sum()
-    mean = torch.where(total > 0, (stacked.to(exact) * scale).sum() / total.clamp(min=1e-300), stacked.to(exact).mean())
+    weighted = torch.where(scale > 0, stacked.to(exact), 0.0) * scale  # what has no weight may be NaN
+    mean = torch.where(total > 0, weighted.sum() / total.clamp(min=1e-30), stacked.to(exact).mean())
     return mean.to(stacked.dtype if stacked.is_floating_point() else torch.get_default_dtype())
 
 
@@ -114,7 +123,7 @@ def merge_outputs(
         ValueError: If ``strict``, naming what cannot be joined.
     """
     first = outputs[0]
-    if len(outputs) == 1 or first is None:
+    if len(outputs) == 1 or all(output is None for output in outputs):
         return first
     same_type = all(type(output) is type(first) for output in outputs)
     if same_type and isinstance(first, Tensor):
@@ -131,9 +140,11 @@ def merge_outputs(
         return items if type(first) is dict else _remake(first, items)
     elif same_type and isinstance(first, (list, tuple)):
         is_named = hasattr(first, "_fields")
-        if _is_by_row(outputs, rows) and not is_named:
+        by_row = isinstance(first, list) and _is_by_row(outputs, rows)
+        by_entry = all(len(output) == len(first) for output in outputs)
+        if by_row and not (by_entry and all(_is_by_row(entries, rows) for entries in zip(*outputs, strict=True))):
             return type(first)(entry for output in outputs for entry in output)
-        if all(len(output) == len(first) for output in outputs):
+        if by_entry and not by_row:  # a list that could be joined in both ways is refused
             merged = [
                 merge_outputs(entries, rows, weights, strict, f"{path}[{i}]")
                 for i, entries in enumerate(zip(*outputs, strict=True))
@@ -151,8 +162,11 @@ def merge_outputs(
 
 
 def _is_by_row(outputs: Sequence[Any], rows: Sequence[float]) -> bool:
+    """Whether each output has as many entries as its piece had rows."""
     return all(
-        len(output) == number if not isinstance(output, Tensor) or output.ndim else False
+        isinstance(output, (Tensor, list, tuple))
+        and not (isinstance(output, Tensor) and output.ndim == 0)
+        and len(output) == round(number, 6)
         for output, number in zip(outputs, rows, strict=True)
     )
 

@@ -43,10 +43,12 @@ class Transfer:
         self._too_large: int | None = None
         self._calm = 0
         self._on_host: Any = None
+        self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
     def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """As Lightning calls it; returns the batch as it was if it does not fit."""
         self._on_host = None
+        self._arguments = (args, kwargs)
         if self._too_large is not None:
             self._calm += 1
             if self._calm < self._retry_every and self._cutter.whole(batch).cost >= self._too_large:
@@ -64,6 +66,11 @@ class Transfer:
         )
         self._on_host = batch
         return batch
+
+    def piece(self, batch: Any) -> Any:
+        """Move a piece of the last batch."""
+        args, kwargs = self._arguments
+        return self.inner(batch, *args, **kwargs)
 
     def left_on_host(self, batch: Any) -> bool:
         """Whether this batch has to be moved in pieces."""
@@ -155,4 +162,4 @@ class PieceRunner:
 
     def to_device(self, whole: Any, piece: Any) -> Any:
         """Move a piece, if its batch did not fit."""
-        return self.transfer.inner(piece) if self.transfer.left_on_host(whole) else piece
+        return self.transfer.piece(piece) if self.transfer.left_on_host(whole) else piece

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping
 from itertools import islice
@@ -11,9 +12,11 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_llm.callbacks.gradients import parameters_of
-from lightning_llm.callbacks.pieces.cutting import Piece, count_rows, take_rows, tensors_in
+from lightning_llm.callbacks.pieces.cutting import Piece, count_rows, fresh, take_rows, tensors_in
 from lightning_llm.callbacks.pieces.memory import PeakMemory, is_out_of_memory, release_memory
 from lightning_llm.callbacks.pieces.merging import PieceLogs
 from lightning_llm.callbacks.pieces.training import TrainingPieces, run_quietly
@@ -38,8 +41,8 @@ class WeightsCopy:
     @torch.no_grad()
     def restore(self) -> None:
         """Bit for bit; gradients are dropped."""
-        for weight, copy in self._weights:
-            _local(weight).copy_(copy)
+        for weight, value in self._weights:
+            _local(weight).copy_(value)
             weight.grad = None
         for parameter in list(self._optimizer.state):
             if parameter in self._state:
@@ -64,7 +67,7 @@ def longest_batch(trainer: L.Trainer, cost: Callable[[Any], int], num_batches: i
     loader: Any = trainer.train_dataloader
     if hasattr(loader, "longest_batch"):
         return loader.longest_batch()
-    if hasattr(loader, "__next__"):
+    if _is_read_once(loader):
         raise ValueError(
             f"The search at the start needs a look at the data, but {type(loader).__name__} can be iterated once only. "
             f"Use find='run', or give the loader a `longest_batch()`."
@@ -72,7 +75,8 @@ def longest_batch(trainer: L.Trainer, cost: Callable[[Any], int], num_batches: i
     is_stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
     position = loader.state_dict() if is_stateful else None
     generators = [(generator, generator.get_state()) for generator in _generators(loader)]
-    combined = CombinedLoader(loader, "max_size_cycle" if isinstance(loader, (Mapping, list, tuple)) else "sequential")
+    own = tree_map_only(DataLoader, _detached, loader)
+    combined = CombinedLoader(own, "max_size_cycle" if isinstance(loader, (Mapping, list, tuple)) else "sequential")
     try:
         batches = (batch for batch, _, _ in islice(iter(combined), num_batches))
         longest = max(batches, key=cost, default=None)
@@ -152,7 +156,7 @@ class _Probe:
 
     def piece(self, num_rows: int) -> Piece:
         """Rows of the batch, from the first on and round again."""
-        if self.runner.cutter.split_fn is not None:
+        if self.runner.cutter.split_fn is not None or num_rows == self.num_rows:
             return self.whole
         rows = torch.arange(num_rows) % self.num_rows
         device = next(iter(tensors_in(self.batch)), rows).device
@@ -160,11 +164,13 @@ class _Probe:
 
     def run(self, piece: Piece) -> None:
         """Forward and backward, beside the gradients that are there."""
-        run_quietly(self.runner.trainer, self.runner.transfer.inner(piece.batch))
+        self.loss = run_quietly(self.runner.trainer, self.runner.transfer.inner(fresh(piece.batch)))
 
     def step(self) -> None:
         """Let the optimizer make its state."""
-        self.runner.trainer.optimizers[0].step()
+        optimizer: Any = self.runner.trainer.optimizers[0]
+        loss = torch.zeros(()) if self.loss is None else self.loss
+        optimizer.step(lambda: loss)  # some cannot do without one
 
     def fits(self, piece: Piece) -> bool:
         """Try it."""
@@ -245,6 +251,23 @@ NO_ROOM_FOR_OPTIMIZER = (
     "state (8-bit AdamW, SGD), lower precision (precision='bf16-true'), or ModelParallelStrategy (FSDP2), which shares "
     "the state out over the ranks."
 )
+
+
+def _is_read_once(loader: Any) -> bool:
+    """Whether a look at its data would take it from the training."""
+    if hasattr(loader, "__next__"):
+        return True
+    dataset = getattr(loader, "dataset", None)
+    return isinstance(dataset, IterableDataset) and iter(dataset) is iter(dataset)
+
+
+def _detached(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """A loader of the same data without workers, so that those of the training, which may run already, are not met."""
+    own = copy.copy(loader)
+    own.__dict__.update(
+        _iterator=None, num_workers=0, persistent_workers=False, prefetch_factor=None, timeout=0, worker_init_fn=None
+    )
+    return own
 
 
 def _generators(loader: Any) -> list[torch.Generator]:

@@ -15,8 +15,13 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lightning_llm.callbacks.pieces.cutting import Piece
-from lightning_llm.callbacks.pieces.memory import allocation_retries, is_out_of_memory, release_memory
+from lightning_llm.callbacks.pieces.cutting import Piece, fresh, tensors_in
+from lightning_llm.callbacks.pieces.memory import (
+    allocation_retries,
+    is_out_of_memory,
+    release_memory,
+    without_frames,
+)
 from lightning_llm.callbacks.pieces.merging import merge_outputs, weighted_mean
 from lightning_llm.callbacks.pieces.running import BatchReport, PieceRunner
 from lightning_llm.callbacks.pieces.undo import GradientGuard
@@ -52,7 +57,7 @@ class TrainingPieces(PieceRunner):
             kwargs: Arguments of ``training_step``; ``batch`` is replaced by its pieces.
         """
         stepping = not self.trainer.fit_loop._should_accumulate()
-        whole = self.cutter.whole(kwargs["batch"])
+        whole = self.cutter.whole(fresh(kwargs["batch"]))
         if inner._zero_grad_fn is not None:
             inner._zero_grad_fn()
         state = _BatchState(whole, stepping, *self.plan(whole))
@@ -92,9 +97,13 @@ class TrainingPieces(PieceRunner):
             state.begun = outcome.added
         parts = self.smaller(task.piece, outcome.error)
         skip = task.skip | outcome.added
+        if not skip and hasattr(self._weighting, "on_backward_failed"):
+            self._weighting.on_backward_failed()
         if not state.done and not skip:
-            state.todo = deque(_Task(piece) for piece in self.plan(state.whole)[0])  # as if the limit had been known
-            return
+            plan = self.plan(state.whole)[0]
+            if max(piece.cost for piece in plan) < task.piece.cost:
+                state.todo = deque(map(_Task, plan))  # as if the limit had been known
+                return
         later = [_Task(piece, t.skip) for t in state.todo for piece in self.cutter.cut(t.piece, self.limits.cost)]
         state.todo = deque([*(_Task(part, skip) for part in parts), *later])
 
@@ -119,6 +128,7 @@ class TrainingPieces(PieceRunner):
         piece = task.piece
         aside = bool(state.begun)
         fx = self.module._current_fx_name
+        versions = [tensor._version for tensor in tensors_in(piece.batch) if not tensor.is_inference()]
         if self.reduction.recovers:
             self.keeper.note()
             self.guard.begin(trusted, task.skip, is_reduced=overlapped or aside)
@@ -135,8 +145,7 @@ class TrainingPieces(PieceRunner):
                     f"forward or backward that all ranks take part in: it cannot be tried again. Lower "
                     f"DynamicBatchScaler(max_piece=...), or raise its `margin`."
                 ) from raised
-            error = raised.with_traceback(None)  # a traceback would keep the activations alive
-            error.__context__ = None
+            error = without_frames(raised)
         if error is None:
             if self.reduction.recovers:
                 self.guard.keep()
@@ -145,6 +154,11 @@ class TrainingPieces(PieceRunner):
             result.closure_loss = None
             result.extra = apply_to_collection(result.extra, Tensor, Tensor.detach)
             return _Done(piece, result, weight)
+        if versions != [tensor._version for tensor in tensors_in(piece.batch) if not tensor.is_inference()]:
+            raise ValueError(
+                "training_step ran out of memory after it had changed the batch in place, so the piece cannot be tried "
+                "again. Let it work on a copy: x = batch['x'] * scale in place of batch['x'] *= scale."
+            ) from error
         self._logs.discard()
         self.module._current_fx_name = fx
         added = self.guard.take_back()
@@ -155,7 +169,8 @@ class TrainingPieces(PieceRunner):
     def _forward_backward(
         self, inner: Closure, kwargs: OrderedDict[str, Any], whole: Piece, piece: Piece, overlapped: bool
     ) -> ClosureResult:
-        batch = self.to_device(whole.batch, piece.batch)
+        # A whole batch is passed on as it is; whoever adds to it will find that again after the step.
+        batch = self.to_device(kwargs["batch"], kwargs["batch"] if piece is whole else fresh(piece.batch))
         loop = self.trainer.fit_loop.epoch_loop.automatic_optimization
         result: ClosureResult = loop._make_step_fn(OrderedDict(kwargs, batch=batch))()
         if result.closure_loss is not None:
@@ -171,7 +186,7 @@ class TrainingPieces(PieceRunner):
     def _repeat(self, kwargs: OrderedDict[str, Any], piece: Piece) -> None:
         """Take part in the collectives of the other ranks' pieces; no callback sees it, nothing is added."""
         self.keeper.note()
-        run_quietly(self.trainer, piece.batch, factor=0.0)
+        run_quietly(self.trainer, fresh(piece.batch), factor=0.0)
         self.keeper.restore()
         self._logs.discard()
 
@@ -208,24 +223,32 @@ class TrainingPieces(PieceRunner):
             )
 
 
-def run_quietly(trainer: L.Trainer, batch: Any, factor: float = 1.0) -> None:
+def run_quietly(trainer: L.Trainer, batch: Any, factor: float = 1.0) -> Tensor | None:
     """Forward and backward of ``training_step`` as the Trainer would, but no callback and no counter notices.
 
     Args:
         trainer: In a fit.
         batch: On the device.
         factor: Of the loss.
+
+    Returns:
+        The loss, shape (), detached; None if there was none.
     """
     module, precision = trainer.strategy.lightning_module, trainer.precision_plugin
     assert module is not None
-    with precision.train_step_context(), torch.enable_grad():
-        output = module.training_step(batch, 0) if _takes_batch_idx(module) else module.training_step(batch)
-    loss = output if isinstance(output, Tensor) or output is None else output["loss"]
-    if loss is None:
-        return
-    scaler = getattr(precision, "scaler", None)
-    loss = loss * factor
-    (scaler.scale(loss) if scaler is not None else loss).backward()
+    fx, module._current_fx_name = module._current_fx_name, "training_step"  # so that it may log
+    try:
+        with precision.train_step_context(), torch.enable_grad():
+            output = module.training_step(batch, 0) if _takes_batch_idx(module) else module.training_step(batch)
+        loss = output if isinstance(output, Tensor) or output is None else output["loss"]
+        if loss is None:
+            return None
+        scaler = getattr(precision, "scaler", None)
+        loss = loss * factor
+        (scaler.scale(loss) if scaler is not None else loss).backward()
+        return loss.detach()
+    finally:
+        module._current_fx_name = fx
 
 
 def _takes_batch_idx(module: L.LightningModule) -> bool:
@@ -319,6 +342,11 @@ def _merge(done: list[_Done]) -> ClosureResult:
     if losses:
         merged.loss = weighted_mean(*zip(*losses, strict=True))
         merged.closure_loss = merged.loss  # only looked at for None
-    rows = [d.piece.num_rows for d in done]
-    merged.extra = merge_outputs([d.result.extra for d in done], rows, [d.weight for d in done])
+    keys = {key: None for d in done for key in d.result.extra}  # in order
+    extra = {}
+    for key in keys:
+        holders = [d for d in done if key in d.result.extra]  # not those for which training_step returned None
+        rows, weights = [d.piece.num_rows for d in holders], [d.weight for d in holders]
+        extra[key] = merge_outputs([d.result.extra[key] for d in holders], rows, weights)
+    merged.extra = extra
     return merged

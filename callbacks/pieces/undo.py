@@ -13,6 +13,8 @@ from torchmetrics import Metric
 
 from lightning_llm.callbacks.gradients import parameters_of
 
+_SMALL = 2**16  # elements of a buffer
+
 
 class GradientGuard:
     """Takes back what a failed backward has added to the gradients.
@@ -96,7 +98,8 @@ class GradientGuard:
 class StateKeeper:
     """Notes random generators, buffers (batch statistics) and torchmetrics before a piece; puts them back.
 
-    A tensor is copied again only where it has changed since the last copy, so constant buffers cost nothing.
+    Large buffers, which are masks and tables as a rule, are copied again only where torch noticed a change since the
+    last copy. Small ones always are: batch statistics are updated without torch's notice.
 
     Args:
         module: Its buffers and metrics.
@@ -152,6 +155,7 @@ class StateKeeper:
                 if isinstance(value, Tensor):
                     yield metric.__dict__, name
 
+    @torch.no_grad()
     def _copy(self, holder: dict[str, Any], name: str) -> Tensor | None:
         value: Tensor | None = holder[name]
         if value is None:
@@ -159,9 +163,11 @@ class StateKeeper:
         if value.is_inference():  # has no version
             return value.clone()
         source, version, copy = self._copies.get((id(holder), name), (None, -1, None))
-        if value is not source or value._version != version or copy is None:
+        if copy is None or value is not source or copy.shape != value.shape or copy.dtype != value.dtype:
             copy = value.detach().clone()
-            self._copies[id(holder), name] = (value, value._version, copy)
+        elif value.numel() <= _SMALL or value._version != version:
+            copy.copy_(value)
+        self._copies[id(holder), name] = (value, value._version, copy)
         return copy
 
 

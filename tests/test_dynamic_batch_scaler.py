@@ -12,9 +12,15 @@ from support import Plain, Positions, pad_rows
 from token_training import GLOBAL_BATCH, big_batch, difference, loader, rows, weights
 from torchmetrics import CatMetric, MeanMetric
 
-from lightning_llm.callbacks import CannotSplit, DynamicBatchScaler, TokenWeightedAccumulation
+from lightning_llm.callbacks import (
+    CannotSplit,
+    DynamicBatchScaler,
+    TokenWeightedAccumulation,
+    dynamic_batch_scaler,
+)
 from lightning_llm.callbacks.pieces import training
 from lightning_llm.callbacks.pieces.memory import is_out_of_memory
+from lightning_llm.callbacks.pieces.search import WeightsCopy
 from lightning_llm.callbacks.pieces.undo import GradientGuard, _add
 
 TOLERANCE = 1e-12
@@ -392,3 +398,174 @@ def test_static_graph_is_refused_with_the_reason(run_ranks):
     (result,) = run_ranks("dynamic_batch_refused", 1)
     assert "static_graph=True" in result["error"]
     assert "Set static_graph=False" in result["error"]
+
+
+# ---- batches and modules that remember ---------------------------------------------------------------------------
+
+
+def test_batch_statistics_of_earlier_pieces_survive_a_later_failure(quiet_trainer):
+    """Native batch normalization updates its buffers without torch's notice."""
+
+    class Normalized(L.LightningModule):
+        def __init__(self, fail_at):
+            super().__init__()
+            torch.manual_seed(0)
+            self.norm, self.layer = torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1)
+            self.register_buffer("calls", torch.zeros(()))
+            self.fail_at, self.attempts = fail_at, 0
+
+        def training_step(self, batch, batch_idx):
+            self.attempts += 1
+            loss = self.layer(self.norm(batch)).square().mean()
+            self.calls.data.add_(1)
+            if self.attempts == self.fail_at:
+                raise torch.OutOfMemoryError(MESSAGE)
+            return loss
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    batch = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    module = Normalized(fail_at=3)  # the second batch's first piece
+    trainer = quiet_trainer(max_steps=2, callbacks=[DynamicBatchScaler(max_piece=12, grow_every=0)])
+    trainer.fit(module, Positions([batch, batch]))
+    reference = torch.nn.BatchNorm1d(3)
+    for part in (batch[:4], batch[4:], batch[:2], batch[2:4], batch[4:6], batch[6:]):
+        reference(part)
+    assert module.calls == 6
+    torch.testing.assert_close(module.norm.running_mean, reference.running_mean)
+    torch.testing.assert_close(module.norm.running_var, reference.running_var)
+
+
+def test_a_retry_sees_the_batch_as_it_was(quiet_trainer):
+    class Popping(Plain):
+        rows = 0
+
+        def training_step(self, batch, batch_idx):
+            target = batch.pop("y")
+            if len(target) > 2:
+                raise torch.OutOfMemoryError(MESSAGE)
+            self.rows += len(target)
+            return (self.layer(batch["x"])[:, 0] - target).square().mean()
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            self.left = set(batch)
+
+    module = Popping()
+    batch = {"x": torch.ones(8, 3), "y": torch.ones(8)}
+    quiet_trainer(max_steps=1, callbacks=[DynamicBatchScaler()]).fit(module, Positions([batch]))
+    assert module.rows == 8
+
+
+def test_a_batch_that_was_changed_in_place_is_not_tried_again(quiet_trainer):
+    class Changing(Plain):
+        def training_step(self, batch, batch_idx):
+            batch[0].mul_(0.5)
+            raise torch.OutOfMemoryError(MESSAGE)
+
+    with pytest.raises(ValueError, match="changed the batch in place.*work on a copy"):
+        quiet_trainer(max_steps=1, callbacks=[DynamicBatchScaler()]).fit(Changing(), Positions([[torch.ones(8, 3)]]))
+
+
+def test_gradients_that_are_zeroed_in_place_are_guarded_too(tiny_gpt2, quiet_trainer):
+    class InPlace(Scarce):
+        def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+            optimizer.zero_grad(set_to_none=False)
+
+        def training_step(self, batch, batch_idx):
+            if self.global_step >= 2:
+                self.backward_limit = 60
+            return super().training_step(batch, batch_idx)
+
+    truth, _ = big_batch(tiny_gpt2, "sgd", None)
+    module = InPlace(tiny_gpt2, "sgd")
+    fit(quiet_trainer, module)
+    assert module.num_failed > 0
+    assert difference(module, truth) < TOLERANCE
+
+
+def test_a_piece_may_be_skipped_by_its_step(quiet_trainer):
+    class Skipping(Plain):
+        def training_step(self, batch, batch_idx):
+            if float(batch[0][0, 0]) == 1.0:
+                return None
+            return {"loss": self.layer(batch[0]).square().mean(), "rows": torch.tensor(len(batch[0]))}
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            self.outputs = outputs
+
+    module = Skipping()
+    batch = torch.tensor([[1.0] * 3] * 2 + [[2.0] * 3] * 2 + [[3.0] * 3] * 2)
+    quiet_trainer(max_steps=1, callbacks=[DynamicBatchScaler(max_piece=6)]).fit(module, Positions([[batch]]))
+    assert module.outputs["rows"] == 4
+    quiet_trainer(max_steps=1, callbacks=[DynamicBatchScaler(max_piece=6)]).fit(module, Positions([[batch.flip(0)]]))
+    assert module.outputs["rows"] == 4
+
+
+def test_a_step_value_of_a_metric_is_that_of_the_batch(quiet_trainer):
+    class Measured(Plain):
+        def __init__(self):
+            super().__init__()
+            self.mean = MeanMetric()
+
+        def training_step(self, batch, batch_idx):
+            self.mean(batch[0])
+            self.log("mean", self.mean, on_step=True, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+    values = []
+    for limit in (None, 6):
+        trainer = quiet_trainer(max_steps=1, max_epochs=1, callbacks=[DynamicBatchScaler(max_piece=limit)])
+        trainer.fit(Measured(), Positions([[torch.arange(24.0).reshape(8, 3)]]))
+        values.append((float(trainer.callback_metrics["mean_step"]), float(trainer.callback_metrics["mean_epoch"])))
+    assert values[0] == pytest.approx(values[1])
+
+
+def test_split_fn_ends_where_it_can_cut_no_further(quiet_trainer):
+    class Graph:
+        def __init__(self, nodes):
+            self.nodes = nodes
+
+    class Nodes(Plain):
+        def training_step(self, batch, batch_idx):
+            self.sizes = [*getattr(self, "sizes", []), len(batch.nodes)]
+            if len(batch.nodes) > 2:
+                raise torch.OutOfMemoryError(MESSAGE)
+            return self.layer(torch.tensor(batch.nodes)).square().mean()
+
+    def split(batch, number):
+        return [Graph(part.tolist()) for part in np.array_split(np.array(batch.nodes, dtype=np.float32), number)]
+
+    module = Nodes()
+    scaler = DynamicBatchScaler(split_fn=split, cost_fn=lambda batch: len(batch.nodes))
+    quiet_trainer(max_steps=1, callbacks=[scaler]).fit(module, Positions([Graph([[1.0, 2.0, 3.0]] * 8)]))
+    assert module.sizes == [8, 4, 2, 2, 2, 2]
+
+
+def test_an_error_with_a_cause_keeps_no_activations(tiny_gpt2, quiet_trainer):
+    alive = []
+
+    class Wrapping(Scarce):
+        def training_step(self, batch, batch_idx):
+            alive.append(self.reference() is not None if hasattr(self, "reference") else False)
+            try:
+                hidden = torch.ones(len(batch["labels"]), 50, requires_grad=True) * 2
+                self.reference = weakref.ref(hidden)
+                if len(hidden) > 4:
+                    raise RuntimeError("inner")
+            except RuntimeError as error:
+                raise torch.OutOfMemoryError(MESSAGE) from error
+            return super().training_step(batch, batch_idx)
+
+    fit(quiet_trainer, Wrapping(tiny_gpt2), epochs=1)
+    assert len(alive) > 6
+    assert not any(alive)
+
+
+def test_an_optimizer_without_state_copies_the_weights_a_few_times_only(quiet_trainer, monkeypatch):
+    copies = []
+    monkeypatch.setattr(
+        dynamic_batch_scaler, "WeightsCopy", lambda optimizer: copies.append(optimizer) or WeightsCopy(optimizer)
+    )
+    quiet_trainer(max_steps=12, callbacks=[DynamicBatchScaler()]).fit(Plain(), Positions([[torch.ones(4, 3)]] * 12))
+    assert len(copies) == 8

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from scarce_memory import Scarce
-from support import Positions, dataset_of, pad_rows, ragged_rows
+from support import Plain, Positions, dataset_of, pad_rows, ragged_rows
 from token_training import big_batch, difference, rows, weights
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import MeanMetric
 
 from lightning_llm import LLMModule
@@ -44,15 +44,25 @@ def train(make_trainer, config, loader, find, steps=4, epochs=None, seed=7, **li
     return module, scaler, trainer
 
 
-def shuffled_loader(workers=0):
+def shuffled_loader(workers=0, **options):
     generator = torch.Generator().manual_seed(1)
-    return DataLoader(rows(), batch_size=8, collate_fn=pad_rows, shuffle=True, generator=generator, num_workers=workers)
+    options |= {"shuffle": True, "generator": generator, "num_workers": workers}
+    return DataLoader(rows(), batch_size=8, collate_fn=pad_rows, **options)
+
+
+def persistent_loader():
+    return shuffled_loader(workers=1, persistent_workers=True)
 
 
 @pytest.mark.parametrize(
     "make_loader",
-    [shuffled_loader, lambda: shuffled_loader(workers=1), lambda: Positions([pad_rows(rows()[:16])] * 9)],
-    ids=["shuffled", "shuffled, a worker", "stateful"],
+    [
+        shuffled_loader,
+        lambda: shuffled_loader(workers=1),
+        persistent_loader,
+        lambda: Positions([pad_rows(rows()[:16])] * 9),
+    ],
+    ids=["shuffled", "shuffled, a worker", "a worker that stays", "stateful"],
 )
 def test_the_search_restores_everything_bit_for_bit(tiny_gpt2, quiet_trainer, make_loader):
     """With ``max_piece`` both runs cut alike, so that whatever the search left behind would show."""
@@ -157,9 +167,31 @@ def test_a_loader_that_can_be_read_only_once_is_refused(tiny_gpt2, quiet_trainer
         def __next__(self):
             return pad_rows(rows()[:4])
 
-    trainer = quiet_trainer(max_steps=1, callbacks=[DynamicBatchScaler(find="start")])
-    with pytest.raises(ValueError, match="iterated once only.*find='run'"):
-        trainer.fit(Scarce(tiny_gpt2), Once())
+    class Stream(IterableDataset):
+        def __init__(self):
+            self.stream = iter(rows())
+
+        def __iter__(self):
+            return self.stream
+
+    for loader in (Once(), DataLoader(Stream(), batch_size=4, collate_fn=pad_rows)):
+        trainer = quiet_trainer(max_steps=1, callbacks=[DynamicBatchScaler(find="start")])
+        with pytest.raises(ValueError, match="iterated once only.*find='run'"):
+            trainer.fit(Scarce(tiny_gpt2), loader)
+
+
+def test_flattened_rows_and_optimizers_with_a_closure_are_searched(quiet_trainer):
+    class Module(Plain):
+        def training_step(self, batch, batch_idx):
+            return self.layer(batch["input_ids"].float().reshape(-1, 3)).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.LBFGS(self.parameters(), lr=0.1)
+
+    batch = {"input_ids": torch.ones(1, 12), "cu_seq_lens_q": torch.tensor([0, 6, 12]), "max_length_q": 6}
+    scaler = DynamicBatchScaler(find="start", margin=0.0)
+    quiet_trainer(max_steps=1, callbacks=[scaler]).fit(Module(), Positions([batch]))
+    assert scaler.limits.cost(6) is None
 
 
 def test_our_loader_tells_its_longest_rows():

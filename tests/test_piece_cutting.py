@@ -1,7 +1,7 @@
 """Batches of any kind are cut along their rows, packed ones between documents, and refused where nobody knows how."""
 
 from collections import OrderedDict, namedtuple
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from support import dataset_of, pad_rows, ragged_rows
 from torch import Tensor
 from transformers import BatchEncoding, DataCollatorWithFlattening
 
-from lightning_llm.callbacks.pieces.cutting import BatchCutter, CannotSplit, take_rows
+from lightning_llm.callbacks.pieces.cutting import BatchCutter, CannotSplit, fresh, take_rows
 
 Pair = namedtuple("Pair", ["x", "names"])
 
@@ -211,3 +211,75 @@ def test_a_single_document_stays_whole():
 def test_pieces_of_rows_in_order_are_views_not_copies():
     pieces = cut({"x": X}, limit=6)
     assert pieces[1].batch["x"].data_ptr() == X[2:].data_ptr()
+
+
+def test_without_labels_nothing_is_trimmed_as_the_loss_may_be_made_of_anything():
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0]])
+    ids = torch.ones(2, 4, dtype=torch.long)
+    assert [p.batch["input_ids"].shape[1] for p in cut({"input_ids": ids, "attention_mask": mask}, limit=4)] == [4, 4]
+    labels = torch.tensor([0, 1])
+    (piece,) = cut({"input_ids": ids, "attention_mask": mask, "labels": labels}, limit=4)
+    assert piece.batch["input_ids"].shape == (2, 2)
+
+
+def test_a_decoder_s_columns_are_kept_by_its_own_mask():
+    mask, ids = torch.tensor([[1, 1, 0, 0]] * 2), torch.ones(2, 4, dtype=torch.long)
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 1]), "decoder_input_ids": ids}
+    assert [piece.batch["decoder_input_ids"].shape[1] for piece in cut(batch, limit=4)] == [4, 4]
+    batch["decoder_attention_mask"] = torch.tensor([[1, 1, 1, 0]] * 2)
+    assert [piece.batch["decoder_input_ids"].shape[1] for piece in cut(batch, limit=4)] == [3, 3]
+
+
+def test_lists_of_equally_long_rows_are_cut_between_rows():
+    pieces = cut({"input_ids": [torch.arange(4)] * 3}, limit=1)
+    assert [[len(row) for row in piece.batch["input_ids"]] for piece in pieces] == [[4], [4], [4]]
+    images = cut({"image": [torch.zeros(3, 2, 2)] * 8}, limit=4)
+    assert [len(piece.batch["image"]) for piece in images] == [4, 4]
+    assert images[0].batch["image"][0].shape == (3, 2, 2)
+    with pytest.raises(CannotSplit, match="list of mappings"):
+        cut([{"input_ids": torch.arange(4)}] * 3, limit=1)
+    with pytest.raises(CannotSplit, match=r"batch\[1\] has shape \(5,\)"):
+        cut((torch.zeros(2, 3), torch.zeros(5)), limit=3)
+
+
+def test_entries_of_a_packed_row_are_cut_with_their_documents_or_refused():
+    batch = {"input_ids": torch.ones(1, 6, dtype=torch.long), "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
+    batch |= {"documents": ["a", "b"], "weights": np.arange(6)[None], "row_ids": torch.tensor([7]), "name": "x"}
+    first, second = cut(batch, limit=3)
+    assert (first.batch["documents"], second.batch["documents"]) == (["a"], ["b"])
+    assert second.batch["weights"].tolist() == [[3, 4, 5]]
+    assert second.batch["row_ids"].tolist() == [7]
+    with pytest.raises(CannotSplit, match=r"batch\['more'\] has type dict"):
+        cut({**batch, "more": {"w": torch.ones(1, 6)}}, limit=3)
+
+
+def test_fields_that_a_dataclass_makes_itself_are_cut_too():
+    @dataclass
+    class Made:
+        x: Tensor
+        twice: Tensor = field(init=False)
+
+        def __post_init__(self):
+            self.twice = 2 * self.x
+
+    pieces = cut(Made(X), limit=6)
+    assert torch.equal(torch.cat([piece.batch.twice for piece in pieces]), 2 * X)
+
+
+def test_an_empty_batch_is_one_piece():
+    assert len(BatchCutter().halve(BatchCutter().whole({"x": torch.zeros(0, 3)}))) == 1
+
+
+def test_split_fn_without_tensors_asks_for_cost_fn():
+    cutter = BatchCutter(split_fn=lambda batch, number: [batch[:1], batch[1:]])
+    with pytest.raises(CannotSplit, match="cost_fn"):
+        cutter.halve(cutter.whole(["a", "b"]))
+
+
+def test_containers_are_made_anew_and_tensors_are_not_copied():
+    batch = {"x": X, "deep": [Pair(X, ["a"]), {"y": X}]}
+    again = fresh(batch)
+    again["deep"][1].pop("y")
+    again.pop("x")
+    assert batch["x"] is X
+    assert batch["deep"][1]["y"] is X

@@ -28,8 +28,15 @@ class Sharded(Scarce):
             fully_shard(block, mesh=self.device_mesh["data_parallel"])
         fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
 
+    def training_step(self, batch, batch_idx):
+        output = super().training_step(batch, batch_idx)
+        self.log("logged", output["loss"].detach(), sync_dist=True, batch_size=len(batch["labels"]))
+        return output
+
     def validation_step(self, batch, batch_idx):
-        self.log("val", self.training_step(batch, batch_idx)["loss"], sync_dist=True, batch_size=len(batch["labels"]))
+        self.log(
+            "val", super().training_step(batch, batch_idx)["loss"], sync_dist=True, batch_size=len(batch["labels"])
+        )
 
 
 class Communication(TorchDispatchMode):

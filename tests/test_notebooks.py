@@ -9,6 +9,14 @@ from nbclient import NotebookClient
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SMALL = {
     "01_quickstart": {"max_steps": 8, "vocab_size": 300, "max_length": 64, "hidden_size": 32},
+    "03_dynamic_batch_scaling": {
+        "max_steps": 6,
+        "global_batch": 8,
+        "vocab_size": 300,
+        "max_length": 32,
+        "hidden_size": 32,
+        "budgets": {0: None, 2: 400, 4: None},
+    },
     "02_exact_accumulation": {"max_steps": 4, "global_batch": 8, "num_rows": 30, "vocab_size": 300, "hidden_size": 16},
 }
 WRITTEN = {"01_quickstart": "huggingface/last/model.safetensors"}

@@ -22,14 +22,28 @@ def test_a_failure_halves_and_never_goes_below_what_has_fitted():
 def test_each_failed_probe_waits_longer():
     limit, waits = PieceLimit(), []
     limit.failed(1000, grow_every=4)
+    limit.fitted(500, True)
     for _ in range(4):
         calm = 1
         while not limit.step_done(grow_every=4):
             calm += 1
         waits.append(calm)
-        limit.fitted(500, True)
         limit.failed(limit.limit, grow_every=4)
     assert waits == [4, 8, 16, 32]
+
+
+def test_after_a_probe_that_fitted_the_next_comes_soon():
+    limit = PieceLimit(limit=500, good=500, bad=4000, wait=64)
+    while not limit.step_done(grow_every=4):
+        pass
+    limit.fitted(limit.limit, True)
+    assert sum(limit.step_done(grow_every=4) for _ in range(4)) == 1
+
+
+def test_growing_saves_a_piece_or_is_left():
+    limit = PieceLimit(limit=2700, good=2700, bad=4000)
+    assert limit.step_done(grow_every=1, useful=4096)  # 3 pieces of 8192: between 2731 and 4095 nothing changes
+    assert limit.limit == 4096
 
 
 def test_growth_bisects_towards_what_failed_and_then_doubts_it():
@@ -54,13 +68,15 @@ def test_the_limit_finds_the_capacity_and_follows_it(capacity, wanted):
             cost = min(limits.cost(8) or wanted, wanted)
             if cost <= room or cost == 1:
                 break
+            assert cost > 1
             limits.of(8).failed(cost, limits.grow_every)
             failures += 1
         limits.of(8).fitted(cost, True)
         if limits.of(8).limit is not None and limits.of(8).limit < wanted:
-            limits.of(8).step_done(limits.grow_every)
+            num_pieces = -(-wanted // cost)
+            limits.of(8).step_done(limits.grow_every, useful=-(-wanted // max(num_pieces - 1, 1)))
         if step in (199, 399):
-            assert cost >= 0.6 * min(room, wanted)
+            assert cost >= 0.5 * min(room, wanted)
     assert failures < 60
 
 

@@ -24,6 +24,7 @@ class PieceLimit:
         num_failed: Pieces that failed.
         calm: Limited steps since the last change.
         wait: Calm steps before the next probe.
+        is_probe: The limit has grown, and nothing as large has been run yet.
     """
 
     limit: int | None = None
@@ -33,11 +34,12 @@ class PieceLimit:
     num_failed: int = 0
     calm: int = 0
     wait: int = 0
+    is_probe: bool = False
 
     def failed(self, cost: int, grow_every: int) -> None:
         """A piece of this cost ran out of memory."""
         self.num_failed += 1
-        if self.good:  # a probe: nobody knew before the first success
+        if 0 < self.good < cost:  # a probe
             self.wait = min(max(2 * self.wait, grow_every), _LONGEST_WAIT * grow_every)
         else:
             self.wait = grow_every
@@ -46,9 +48,12 @@ class PieceLimit:
         self.good_beside = self.good_beside if self.good_beside < cost else 0
         self.limit = max(self.good, cost // 2, 1)
         self.calm = 0
+        self.is_probe = False
 
     def fitted(self, cost: int, beside_gradients: bool) -> None:
         """A piece of this cost was run to the end of backward."""
+        if self.is_probe and cost > self.good:
+            self.wait, self.is_probe = 0, False  # there is more room than was thought
         self.good = max(self.good, cost)
         if beside_gradients:
             self.good_beside = max(self.good_beside, cost)
@@ -66,18 +71,24 @@ class PieceLimit:
         self.calm = 0
         return True
 
-    def step_done(self, grow_every: int) -> bool:
-        """A batch was cut because of this limit, and nothing failed. True if the limit has grown."""
+    def step_done(self, grow_every: int, useful: int = 0) -> bool:
+        """A batch was cut because of this limit, and nothing failed. True if the limit has grown.
+
+        Args:
+            grow_every: Calm steps before more is tried, at least.
+            useful: Cost with which there would be a piece less; growing by less changes nothing.
+        """
         if self.limit is None or not grow_every:
             return False
         self.calm += 1
         if self.calm < max(self.wait, grow_every):
             return False
         self.calm = 0
-        top = 2 * self.limit if self.bad is None else (self.limit + self.bad) // 2
+        top = max(2 * self.limit if self.bad is None else (self.limit + self.bad) // 2, useful)
         if self.bad is not None and top >= _CLOSED * self.bad:
-            self.bad, top = None, int(1.1 * self.limit)  # nothing to bisect; what failed then may fit now
+            self.bad, top = None, max(int(1.1 * self.limit), useful)  # what failed then may fit now
         self.limit = max(top, self.limit + 1)
+        self.is_probe = True
         return True
 
 

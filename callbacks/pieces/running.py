@@ -155,9 +155,11 @@ class PieceRunner:
         self.report = report
         if report.num_failed or not self.reduction.recovers:
             return
+        rows = max(round(whole.num_rows), 1)
+        useful = -(-rows // max(report.num_pieces - 1, 1)) * -(-whole.cost // rows)
         for limit in {id(limit): limit for limit in map(self.limits.of, lengths)}.values():
             ceiling = min(whole.cost, self.limits.ceiling or whole.cost)
-            if limit.limit is not None and limit.limit < ceiling and limit.step_done(self.limits.grow_every):
+            if limit.limit is not None and limit.limit < ceiling and limit.step_done(self.limits.grow_every, useful):
                 log.info("After calm batches, pieces of %s may have cost %d.", self.name, limit.limit)
 
     def to_device(self, whole: Any, piece: Any) -> Any:

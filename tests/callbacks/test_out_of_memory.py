@@ -5,9 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 
+from lightning_llm.callbacks import DynamicBatchScaler
 from lightning_llm.callbacks.pieces.memory import allocation_retries, is_out_of_memory
 
 OUT_OF_MEMORY = [
@@ -73,3 +75,42 @@ def test_real_allocation_failures_do_not_change_the_training(tmp_path, where):
     assert result["unlimited fails"]
     assert result["difference"] < 1e-12
     assert result["steps"] == result["expected steps"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("find", ["run", "start"])
+def test_real_errors_of_a_gpu_do_not_change_the_training(quiet_trainer, precision, find):
+    """A share of the device's memory that a whole batch does not fit in."""
+
+    class Wide(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = torch.nn.Sequential(torch.nn.Linear(64, 4096), torch.nn.Tanh(), torch.nn.Linear(4096, 1))
+
+        def training_step(self, batch, batch_idx):
+            return self.layers(batch[0]).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=1e-3, momentum=0.9)
+
+    data = torch.utils.data.TensorDataset(torch.randn(2 * 65536, 64, generator=torch.Generator().manual_seed(0)))
+    found = []
+    for scaler in (None, DynamicBatchScaler(find=find)):
+        if scaler is not None:
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**30) / total)
+        module = Wide()
+        try:
+            trainer = quiet_trainer(
+                accelerator="cuda", max_epochs=3, precision=precision, callbacks=[scaler] if scaler else []
+            )
+            trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=65536))
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        found.append(torch.cat([parameter.detach().flatten() for parameter in module.parameters()]))
+    limits = scaler.limits
+    assert limits.num_failed > 0 or any(limit.limit for limit in limits.buckets.values())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-5)

@@ -142,7 +142,7 @@ def recovery(options: argparse.Namespace) -> None:
     options.accumulate = 1
     whole = options.micro_batch_size * options.length
     module = Scarce(options)
-    scaler = DynamicBatchScaler(max_piece=whole // 2, grow_every=0)
+    scaler = DynamicBatchScaler(max_piece=whole // 2, grow_every=0, trim_padding=False)
     per_step, fail_at, attempt = [], set(), 0
     for step in range(options.steps + 1):
         fails = step % 3 == 2
@@ -164,6 +164,7 @@ def recovery(options: argparse.Namespace) -> None:
             train(options, [scaler, Forget()], module)
     finally:
         TrainingPieces.smaller = retried  # type: ignore[method-assign]
+    assert all(len(attempts) == 2 + fails for attempts, fails in zip(watch.attempts, per_step, strict=True))
     steps = list(zip(per_step, watch.batches, watch.attempts, strict=True))[options.warmup :]
     calm = statistics.median(seconds for fails, seconds, _ in steps if not fails)
     failed = statistics.median(attempts[0] for fails, _, attempts in steps if fails)

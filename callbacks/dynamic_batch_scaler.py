@@ -48,7 +48,7 @@ class DynamicBatchScaler(L.Callback):
             with the optimizer's state in memory. FSDP2 searches in any case unless ``max_piece`` is given: there an
             error on one rank cannot be taken back, so memory is measured on small pieces and predicted.
         margin: Share of the memory that the search leaves free.
-        grow_every: Batches without an error before a larger piece is tried; twice as many after each failure; 0 for
+        grow_every: Batches without an error before a piece less is tried; twice as many after each failure; 0 for
             never.
         trim_padding: Cut off columns that are right padding in all rows of a piece (Hugging Face batches).
         sort_by_length: Put rows of similar length into the same piece, in training; what ``training_step`` returns for

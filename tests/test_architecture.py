@@ -18,6 +18,7 @@ SOURCES = sorted(
 )
 PURE = [
     *("lightning_llm/duration.py", "lightning_llm/schedule.py", "lightning_llm/loss.py"),
+    *("callbacks/pieces/limits.py", "callbacks/pieces/cutting.py", "callbacks/pieces/merging.py"),
     *("datamodules/windows.py", "datamodules/packing.py", "datamodules/order.py"),
 ]
 MODULES = sorted(
@@ -25,6 +26,7 @@ MODULES = sorted(
     for package in (
         "lightning_llm",
         "lightning_llm.callbacks",
+        "lightning_llm.callbacks.pieces",
         "lightning_llm.datamodules",
         "lightning_llm.tasks",
     )

@@ -61,9 +61,8 @@ class TrainingPieces(PieceRunner):
         if inner._zero_grad_fn is not None:
             inner._zero_grad_fn()
         state = _BatchState(whole, stepping, *self.plan(whole))
-        with self._logs.hold_back(
-            self.trainer._results
-        ):  # what they communicate comes after the gradients, on all ranks
+        # What logs communicate comes after the gradients, on all ranks.
+        with self._logs.hold_back(self.trainer._results):
             with self.reduction.pieces(stepping):
                 while state.todo:
                     self._run_next(inner, kwargs, state)
@@ -81,7 +80,7 @@ class TrainingPieces(PieceRunner):
         is_last = not state.todo
         self.reduction.begin_piece(is_last)
         if len(state.todo) < state.num_repeated:
-            self._repeat(kwargs, task.piece)
+            self._repeat(task.piece)
             return
         beside = self.guard.has_gradients
         trusted = self.limits.of(task.piece.length).is_trusted(task.piece.cost, beside)
@@ -183,7 +182,7 @@ class TrainingPieces(PieceRunner):
                 inner._backward_fn(result.closure_loss)
         return result
 
-    def _repeat(self, kwargs: OrderedDict[str, Any], piece: Piece) -> None:
+    def _repeat(self, piece: Piece) -> None:
         """Take part in the collectives of the other ranks' pieces; no callback sees it, nothing is added."""
         self.keeper.note()
         run_quietly(self.trainer, fresh(piece.batch), factor=0.0)

@@ -64,7 +64,7 @@ def test_devices_without_a_cache_retry_nothing():
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_real_allocation_failures_do_not_change_the_training(tmp_path, where):
     """A process whose address space is cut to little more than it has: torch's own allocator fails."""
-    worker = Path(__file__).parent / "workers" / "address_space.py"
+    worker = Path(__file__).parents[1] / "workers" / "address_space.py"
     done = subprocess.run(
         [sys.executable, str(worker), str(tmp_path), where], capture_output=True, text=True, timeout=200, check=False
     )

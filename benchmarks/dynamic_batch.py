@@ -158,7 +158,7 @@ def recovery(options: argparse.Namespace) -> None:
             scaler.limits.buckets.clear()
 
     retried = TrainingPieces.smaller
-    TrainingPieces.smaller = lambda self, piece, error: [piece]  # type: ignore[method-assign,assignment]
+    TrainingPieces.smaller = lambda self, piece, error, is_retry=False: [piece]  # type: ignore[method-assign,assignment]
     try:
         with Stopwatch() as watch:
             train(options, [scaler, Forget()], module)

@@ -18,7 +18,7 @@ SOURCES = sorted(
 )
 PURE = [
     *("lightning_llm/duration.py", "lightning_llm/schedule.py", "lightning_llm/loss.py"),
-    *("callbacks/pieces/limits.py", "callbacks/pieces/cutting.py", "callbacks/pieces/merging.py"),
+    *("callbacks/pieces/limits.py", "callbacks/pieces/cutting.py", "callbacks/pieces/rows.py"),
     *("datamodules/windows.py", "datamodules/packing.py", "datamodules/order.py"),
 ]
 MODULES = sorted(

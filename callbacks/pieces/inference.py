@@ -6,9 +6,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lightning_llm.callbacks.pieces.cutting import Piece, fresh
+from lightning_llm.callbacks.pieces.cutting import Piece
 from lightning_llm.callbacks.pieces.memory import is_out_of_memory, release_memory, without_frames
 from lightning_llm.callbacks.pieces.merging import merge_outputs
+from lightning_llm.callbacks.pieces.rows import fresh
 from lightning_llm.callbacks.pieces.running import BatchReport, PieceRunner
 
 
@@ -38,6 +39,7 @@ class InferencePieces(PieceRunner):
         outputs: list[Any] = []
         done: list[Piece] = []
         num_failed = 0
+        retried: Piece | None = None
         with self._logs.hold_back(self.trainer._results), self.reduction.pieces(stepping=False):
             while todo:
                 piece = todo.popleft()
@@ -67,8 +69,10 @@ class InferencePieces(PieceRunner):
                 self.module._current_fx_name = fx
                 self.keeper.restore()
                 release_memory(self.device, thorough=num_failed > 1)
-                todo.extendleft(reversed(self.smaller(piece, error)))
-                todo = deque(small for other in todo for small in self.cutter.cut(other, self.limits.cost))
+                parts = self.smaller(piece, error, is_retry=piece is retried)
+                retried = piece
+                later = (small for other in todo for small in self.cutter.cut(other, self.limits.cost))
+                todo = deque([*parts, *later])
         report = BatchReport(len(done), max(piece.cost for piece in done), num_failed)
         self.batch_done(whole, {piece.length for piece in done}, report)
         if len(outputs) > 1 and self._merge_fn is not None:

@@ -66,6 +66,7 @@ class _Entry:
         self.options: dict[str, Any] = {}
 
     def add(self, value: Any, weight: Any, options: dict[str, Any]) -> None:
+        """What a piece logged."""
         given = options.get("batch_size")
         self.values.append(value)
         self.step_values.append(getattr(value, "_forward_cache", None))
@@ -75,6 +76,7 @@ class _Entry:
         self.options = options
 
     def value(self) -> Any:
+        """That of the batch."""
         last = self.values[-1]
         if len(self.values) == 1:
             return last

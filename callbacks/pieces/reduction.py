@@ -149,9 +149,11 @@ class _Touch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *parameters: Tensor) -> Tensor:
+        """Zero, with all parameters behind it."""
         ctx.number = len(parameters)
         return parameters[0].new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *gradient: Any) -> Any:
+        """No gradient for any of them."""
         return (None,) * ctx.number

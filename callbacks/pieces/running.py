@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 
-from lightning_llm.callbacks.pieces.cutting import BatchCutter, CannotSplit, Piece
+from lightning_llm.callbacks.pieces.cutting import BatchCutter, Piece
 from lightning_llm.callbacks.pieces.limits import PieceLimits
 from lightning_llm.callbacks.pieces.memory import is_out_of_memory, release_memory
 from lightning_llm.callbacks.pieces.merging import PieceLogs
 from lightning_llm.callbacks.pieces.reduction import LocalReduction
+from lightning_llm.callbacks.pieces.rows import CannotSplit
 from lightning_llm.callbacks.pieces.undo import StateKeeper
 
 log = logging.getLogger(__name__)
@@ -123,13 +124,16 @@ class PieceRunner:
         missing = max(number - len(pieces), 0)
         return pieces + pieces[-1:] * missing, missing
 
-    def smaller(self, piece: Piece, error: BaseException) -> list[Piece]:
+    def smaller(self, piece: Piece, error: BaseException, is_retry: bool = False) -> list[Piece]:
         """Learn that a piece failed, and cut it.
+
+        A single row is tried once more as it is, when all memory has been given back, if as much has fitted before.
 
         Raises:
             torch.OutOfMemoryError: If it cannot be cut.
         """
         limit = self.limits.of(piece.length)
+        has_fitted = not is_retry and any(piece.cost <= known.good for known in self.limits.buckets.values())
         limit.failed(piece.cost, self.limits.grow_every)
         try:
             parts = self.cutter.cut(piece, self.limits.cost)
@@ -137,16 +141,19 @@ class PieceRunner:
                 parts = self.cutter.halve(piece)
         except CannotSplit as reason:
             raise reason from error
-        if len(parts) == 1:
+        if len(parts) == 1 and has_fitted:
+            release_memory(self.device)
+        elif len(parts) == 1:
             raise torch.OutOfMemoryError(
                 f"Out of memory in {self.name} with a single row of {piece.length} columns (cost {piece.cost}) on rank "
                 f"{self.trainer.global_rank}: it cannot be cut along the batch. Use shorter rows, gradient "
                 f"checkpointing, lower precision, or a smaller or sharded model."
             ) from error
         log.warning(
-            "Out of memory in %s on rank %d: a piece of cost %d (%g rows of %d columns) is run again in %d pieces; the "
-            "limit is now %d.",
-            *(self.name, self.trainer.global_rank, piece.cost, piece.num_rows, piece.length, len(parts), limit.limit),
+            "Out of memory in %s on rank %d: a piece of cost %d (%g rows of %d columns) is run again in %s; the limit "
+            "is now %d.",
+            *(self.name, self.trainer.global_rank, piece.cost, piece.num_rows, piece.length),
+            *(f"{len(parts)} pieces" if len(parts) > 1 else "one, as it had fitted before", limit.limit),
         )
         return parts
 

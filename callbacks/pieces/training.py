@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lightning_llm.callbacks.pieces.cutting import Piece, fresh, tensors_in
+from lightning_llm.callbacks.pieces.cutting import Piece
 from lightning_llm.callbacks.pieces.memory import (
     allocation_retries,
     is_out_of_memory,
@@ -23,6 +23,7 @@ from lightning_llm.callbacks.pieces.memory import (
     without_frames,
 )
 from lightning_llm.callbacks.pieces.merging import merge_outputs, weighted_mean
+from lightning_llm.callbacks.pieces.rows import fresh, tensors_in
 from lightning_llm.callbacks.pieces.running import BatchReport, PieceRunner
 from lightning_llm.callbacks.pieces.undo import GradientGuard
 
@@ -94,7 +95,7 @@ class TrainingPieces(PieceRunner):
         state.num_failed += 1
         if overlapped:
             state.begun = outcome.added
-        parts = self.smaller(task.piece, outcome.error)
+        parts = self.smaller(task.piece, outcome.error, task.is_retry)
         skip = task.skip | outcome.added
         if not skip and hasattr(self._weighting, "on_backward_failed"):
             self._weighting.on_backward_failed()
@@ -104,7 +105,7 @@ class TrainingPieces(PieceRunner):
                 state.todo = deque(map(_Task, plan))  # as if the limit had been known
                 return
         later = [_Task(piece, t.skip) for t in state.todo for piece in self.cutter.cut(t.piece, self.limits.cost)]
-        state.todo = deque([*(_Task(part, skip) for part in parts), *later])
+        state.todo = deque([*(_Task(part, skip, is_retry=part is task.piece) for part in parts), *later])
 
     # ---- details -------------------------------------------------------------------------------------------------
 
@@ -257,6 +258,7 @@ def _takes_batch_idx(module: L.LightningModule) -> bool:
 class _Task(NamedTuple):
     piece: Piece
     skip: frozenset[nn.Parameter] = frozenset()
+    is_retry: bool = False
 
 
 class _Done(NamedTuple):
@@ -306,6 +308,7 @@ class _PieceClosure(Closure):
 
     @torch.enable_grad()
     def closure(self, *args: Any, **kwargs: Any) -> ClosureResult:
+        """In place of Lightning's."""
         return self._runner.run(self._inner, self._kwargs)
 
 
@@ -321,6 +324,7 @@ class _BackwardAside:
 
     def __enter__(self) -> None:
         def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+            """In place of the module's."""
             gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
             with torch.no_grad():
                 for parameter, gradient in zip(self._parameters, gradients, strict=True):

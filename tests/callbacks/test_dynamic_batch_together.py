@@ -41,8 +41,7 @@ TOLERANCE = 1e-12
 
 def campaign():
     for accumulate, optimizer, where in itertools.product([1, 2, 4], ["sgd", "adamw"], ["forward", "backward"]):
-        attempts = {1: 12, 2: 14, 4: 16}[accumulate]
-        yield from ((accumulate, optimizer, where, attempt) for attempt in range(attempts))
+        yield from ((accumulate, optimizer, where, attempt) for attempt in range(23))  # of 23 or 24 pieces
 
 
 ATTEMPTS = list(campaign())
@@ -56,22 +55,20 @@ ATTEMPTS = list(campaign())
     ],
 )
 def test_an_error_in_any_attempt_of_any_micro_batch_does_not_change_the_training(tiny_gpt2, quiet_trainer, cases):
-    """Pieces of 100 tokens; the n-th attempt fails whatever its size, also where as much has fitted before."""
+    """Pieces of 40 tokens; the n-th attempt fails whatever its size, also where as much has fitted before."""
     data = rows(32)
     truths = {optimizer: big_batch(tiny_gpt2, optimizer, 0.3, data, 1)[0] for optimizer in ("sgd", "adamw")}
-    failed = 0
     for accumulate, optimizer, where, attempt in cases:
         module = Scarce(tiny_gpt2, optimizer, fail_at=(attempt, where))
         trainer = quiet_trainer(
             max_epochs=1,
             accumulate_grad_batches=accumulate,
             gradient_clip_val=0.3,
-            callbacks=[TokenWeightedAccumulation(), DynamicBatchScaler(max_piece=100, grow_every=0)],
+            callbacks=[TokenWeightedAccumulation(), DynamicBatchScaler(max_piece=40, grow_every=0)],
         )
         trainer.fit(module, loader(data, GLOBAL_BATCH // accumulate))
-        failed += module.num_failed
+        assert module.num_failed == 1, "an attempt that never came"
         assert difference(module, truths[optimizer]) < TOLERANCE, (accumulate, optimizer, where, attempt)
-    assert failed > 0.6 * len(cases)
 
 
 # ---- what peers promise ------------------------------------------------------------------------------------------

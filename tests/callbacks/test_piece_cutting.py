@@ -13,7 +13,8 @@ from support import dataset_of, pad_rows, ragged_rows
 from torch import Tensor
 from transformers import BatchEncoding, DataCollatorWithFlattening
 
-from lightning_llm.callbacks.pieces.cutting import BatchCutter, CannotSplit, fresh, take_rows
+from lightning_llm.callbacks.pieces.cutting import BatchCutter
+from lightning_llm.callbacks.pieces.rows import CannotSplit, fresh, take_rows
 
 Pair = namedtuple("Pair", ["x", "names"])
 

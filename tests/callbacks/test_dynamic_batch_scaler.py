@@ -82,6 +82,7 @@ DDP_CASES = {
         "ddp": {"find_unused_parameters": True},
     },
     "communication hook": {"accumulate": 2, "backward": 40, "overlap": False, "ddp": {"hook": True}},
+    "search": {"accumulate": 1, "backward": 60, "overlap": True, "find": "start", "grow_every": 0},
     "a trusted piece fails": {"accumulate": 2, "shrink_at": 2, "overlap": False},
     "a trusted piece fails while it is reduced": {"accumulate": 2, "shrink_at": 2, "overlap": True},
     "it fails while it is reduced, K = 1": {"accumulate": 1, "shrink_at": 2, "overlap": True},
@@ -105,6 +106,8 @@ def test_one_rank_out_of_memory_neither_hangs_nor_changes_the_others(run_ranks):
         fails = any(key in case for key in ("forward", "backward", "shrink_at"))
         assert found[0]["failed"] == 0
         assert (found[1]["failed"] > 0) == fails, name
+        if case.get("find"):  # the scarcer rank decides
+            assert found[0]["limits"]["5"] == found[1]["limits"]["5"] <= 60, name  # rows of 17 to 32 columns
         if case.get("unused"):  # never touched: no decay either
             assert found[0]["unused"] == found[1]["unused"] == [1.0, 1.0, 1.0], name
 

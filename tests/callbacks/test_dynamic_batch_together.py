@@ -51,7 +51,7 @@ ATTEMPTS = list(campaign())
     "cases",
     [
         pytest.param(random.Random(0).sample(ATTEMPTS, 24), id="sample"),
-        pytest.param(ATTEMPTS, id="all", marks=pytest.mark.slow),
+        pytest.param(ATTEMPTS, id="all", marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
     ],
 )
 def test_an_error_in_any_attempt_of_any_micro_batch_does_not_change_the_training(tiny_gpt2, quiet_trainer, cases):

@@ -72,7 +72,9 @@ def main(folder: Path, cases: list) -> None:
             unused=case.get("unused", False),
         )
         module.shrink_at = case.get("shrink_at")
-        scaler = DynamicBatchScaler(grow_every=case.get("grow_every", 2), overlap=case["overlap"])
+        scaler = DynamicBatchScaler(
+            grow_every=case.get("grow_every", 2), overlap=case["overlap"], find=case.get("find", "run")
+        )
         trainer = L.Trainer(
             strategy=DDPStrategy(**ddp), accumulate_grad_batches=accumulate, gradient_clip_val=0.3,
             callbacks=[TokenWeightedAccumulation(), scaler], **options,
@@ -90,6 +92,7 @@ def main(folder: Path, cases: list) -> None:
                 "pieces": len(module.shapes),
                 "logged": module.logged[: len(first)],
                 "expected": [(a + b) / 2 for a, b in zip(first, second, strict=True)],
+                "limits": {bucket: limit.limit for bucket, limit in scaler.limits.buckets.items() if limit.limit},
                 "unused": module.unused.tolist() if case.get("unused") else None,
             }
         )
@@ -98,3 +101,4 @@ def main(folder: Path, cases: list) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), **json.loads(sys.argv[2]))
+    torch.distributed.destroy_process_group()  # its threads must not outlive the interpreter

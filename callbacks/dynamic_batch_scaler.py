@@ -47,7 +47,7 @@ class DynamicBatchScaler(L.Callback):
         find: ``run``: try, and learn from errors. ``start``: also search before the first step, on the longest batch
             with the optimizer's state in memory. FSDP2 searches in any case unless ``max_piece`` is given: there an
             error on one rank cannot be taken back, so memory is measured on small pieces and predicted.
-        margin: Share of the memory that the search leaves free.
+        margin: Share of the memory that the search leaves free (nothing is, where ``split_fn`` cuts).
         grow_every: Batches without an error before a piece less is tried; twice as many after each failure; 0 for
             never.
         trim_padding: Cut off columns that are right padding in all rows of a piece (Hugging Face batches).

@@ -87,7 +87,7 @@ class PieceRunner:
         limits: How large pieces may be; learns.
         reduction: How ranks meet.
         transfer: Moves pieces of batches that are still on the host.
-        min_rows: Rows below which no piece is cut.
+        name: Of what is run, for messages.
     """
 
     def __init__(

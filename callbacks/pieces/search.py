@@ -100,7 +100,7 @@ def find_limit(runner: TrainingPieces, margin: float, num_batches: int, meter: P
 
     Args:
         runner: Of the run that is about to start.
-        margin: Share of the memory that is left free.
+        margin: Share of the memory that is left free; not with ``split_fn``, whose batches cannot be made larger.
         num_batches: How many batches are looked at for the longest rows.
         meter: Measures memory where it is predicted.
 
@@ -139,7 +139,8 @@ def find_limit(runner: TrainingPieces, margin: float, num_batches: int, meter: P
     limit.good = limit.good_beside = whole.cost if fits else cost
     if fits:
         log.warning(
-            "Search at the start: a whole batch of cost %d fits, with %.0f%% to spare.", whole.cost, 100 * margin
+            "Search at the start: a whole batch of cost %d fits, with %.0f%% to spare.",
+            *(whole.cost, 100 * margin if runner.cutter.split_fn is None else 0),
         )
     else:
         limit.limit = cost

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_llm.duration import Duration
+    from lightning_llm.isolation import verify_packing
     from lightning_llm.module import LLMModule
     from lightning_llm.run_length import total_optimizer_steps
     from lightning_llm.schedule import Progress, Schedule
 
 __version__ = "0.1.0"
-__all__ = ["Duration", "LLMModule", "Progress", "Schedule", "__version__", "total_optimizer_steps"]
+__all__ = ["Duration", "LLMModule", "Progress", "Schedule", "__version__", "total_optimizer_steps", "verify_packing"]
 
 _HOME = {
     "Duration": "lightning_llm.duration",
@@ -21,6 +22,7 @@ _HOME = {
     "Progress": "lightning_llm.schedule",
     "Schedule": "lightning_llm.schedule",
     "total_optimizer_steps": "lightning_llm.run_length",
+    "verify_packing": "lightning_llm.isolation",
 }
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -30,12 +29,25 @@ class Task(ABC):
 
     @abstractmethod
     def score(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Run the model on a batch; return one value or more per row, for prediction."""
+        """Run the model on a batch; return values per row: ``nll``, summed in nats, and ``num_tokens``.
+
+        Where a batch without padding names its documents one by one, they are its rows.
+        """
 
     @abstractmethod
-    def packing_leak(self, model: nn.Module, device: torch.device) -> float:
-        """How much packed documents see of each other; 0 if they are isolated."""
+    def outputs(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """Run the model on a batch as training does; return (batch, seq, features), for instance logits.
+
+        The test of a model's isolation calls this: packed with ``position_ids``, separate with ``input_ids`` alone.
+        """
 
     @abstractmethod
-    def metrics(self) -> Metric:
-        """Make the metric that validation and test fill with ``update(loss, num_bytes=...)``."""
+    def metrics(self, source_names: Sequence[str] = ()) -> Metric:
+        """Make the metric that validation and test fill.
+
+        Its ``update`` takes the loss and, by name, those of ``num_bytes``, ``num_words`` and ``source_ids`` that a
+        batch has; the last one only where there are ``source_names``, and with a loss for each row.
+
+        Args:
+            source_names: Of a mixture, to be evaluated one by one beside the whole.
+        """

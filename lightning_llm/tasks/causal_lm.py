@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_llm.loss import IGNORE_INDEX, TokenLoss, shift_labels, token_cross_entropy, token_nll
 from lightning_llm.metrics import LanguageModelingMetrics
 from lightning_llm.tasks.base import Task
+from lightning_llm.unpacking import sum_rows
 
 # What a decoder takes from a batch; everything else in a batch (row_ids, num_bytes, ...) is for us.
-_MODEL_INPUTS = (
-    "input_ids",
-    "attention_mask",
-    "position_ids",
-    "cu_seq_lens_q",
-    "cu_seq_lens_k",
-    "max_length_q",
-    "max_length_k",
-)
+_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+# Where documents begin in a single row, for flash attention; no other attention looks at it.
+_BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 class CausalLM(Task):
@@ -33,55 +27,50 @@ class CausalLM(Task):
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> TokenLoss:
         """Sum the cross-entropy over the batch's label tokens."""
-        return token_cross_entropy(self._logits(model, batch), _labels(batch))
+        return token_cross_entropy(self.outputs(model, batch), _labels(batch))
 
     def score(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Score each row: ``nll`` (batch,) in nats and ``num_tokens`` (batch,)."""
+        """Score each row: ``nll`` (rows,) in nats and ``num_tokens`` (rows,)."""
         labels = _labels(batch)
-        nll = token_nll(self._logits(model, batch), labels)
-        return {"nll": nll.sum(1), "num_tokens": (shift_labels(labels) != IGNORE_INDEX).sum(1)}
+        nll = token_nll(self.outputs(model, batch), labels)
+        is_target = shift_labels(labels) != IGNORE_INDEX
+        return {"nll": sum_rows(nll, batch), "num_tokens": sum_rows(is_target.long(), batch)}
 
-    def packing_leak(self, model: nn.Module, device: torch.device) -> float:
-        """Change the first of two packed documents; compare the change in the second's logits with that in its own."""
-        vocab_size = int(model.config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]
-        first, other, second = (torch.arange(8) * step % vocab_size for step in (1, 3, 5))
-        rows = torch.stack([torch.cat([first, second]), torch.cat([other, second])]).to(device)
-        positions = torch.arange(8, device=device).repeat(2).expand(2, -1)
-        was_training = model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                logits = self._logits(model, {"input_ids": rows, "position_ids": positions}).float()
-        finally:
-            model.train(was_training)
-        change = (logits[0] - logits[1]).abs().amax(-1)  # (seq,)
-        return float(change[8:].max() / change[:8].max().clamp(min=1e-12))
+    def metrics(self, source_names: Sequence[str] = ()) -> Metric:
+        """Loss, perplexity, bits per byte and per word; of each source too, where sources have names."""
+        return LanguageModelingMetrics(source_names)
 
-    def metrics(self) -> Metric:
-        """Loss, perplexity and bits per byte."""
-        return LanguageModelingMetrics()
-
-    @staticmethod
-    def _logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    def outputs(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """Logits of shape (batch, seq, vocab).
 
         ``use_cache=False`` is part of the mathematics: with a cache, transformers does not look at
         ``position_ids`` and packed documents see each other (masking_utils.py).
         """
-        inputs = {key: batch[key] for key in _MODEL_INPUTS if batch.get(key) is not None}
-        shape = inputs["input_ids"].shape
-        implementation = getattr(model.config, "_attn_implementation", None) or ""
-        if "flash" in implementation and "position_ids" in inputs and "attention_mask" not in inputs:
-            inputs = flatten_rows(inputs)
-        logits: Tensor = model(**inputs, use_cache=False).logits
+        shape = batch["input_ids"].shape
+        logits: Tensor = model(**decoder_inputs(model, batch), use_cache=False).logits
         return logits.view(*shape, logits.shape[-1])
 
 
-def flatten_rows(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay packed rows end to end, (batch, seq) to (1, batch * seq).
+def decoder_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What a decoder's ``forward`` takes of a batch, in the form in which its attention separates documents.
 
     Flash attention separates documents by restarting ``position_ids`` only in a batch of one row; with more rows
-    it silently lets packed documents attend to each other (modeling_flash_attention_utils.py).
+    it silently lets packed documents attend to each other (modeling_flash_attention_utils.py). So packed rows are
+    laid end to end for it, (rows, seq) to (1, rows * seq), or go with the boundaries that the batch brings.
+    """
+    inputs = {key: batch[key] for key in _MODEL_INPUTS if batch.get(key) is not None}
+    implementation = getattr(getattr(model, "config", None), "_attn_implementation", None) or ""
+    if "flash" not in implementation or "attention_mask" in inputs:
+        return inputs
+    if len(inputs["input_ids"]) == 1:
+        return inputs | {key: batch[key] for key in _BOUNDARIES if batch.get(key) is not None}
+    return flatten_rows(inputs) if "position_ids" in inputs else inputs
+
+
+def flatten_rows(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay packed rows end to end, (rows, seq) to (1, rows * seq).
+
+    ``position_ids`` restart at each row's beginning, so documents of different rows stay apart too.
     """
     return {
         key: value.reshape(1, -1) if key in ("input_ids", "position_ids") else value for key, value in inputs.items()

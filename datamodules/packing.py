@@ -35,42 +35,57 @@ def best_fit_decreasing(lengths: npt.ArrayLike, capacity: int) -> tuple[Int64Arr
     sizes = np.asarray(lengths, dtype=np.int64)
     if len(sizes) and not (sizes.min() >= 1 and sizes.max() <= capacity):
         raise ValueError(f"Item lengths must lie in 1..{capacity}, but got {sizes.min()}..{sizes.max()}.")
-    order = np.argsort(-sizes, kind="stable")
-    distinct, run_starts = np.unique(-sizes[order], return_index=True)
-    run_ends = np.append(run_starts, len(sizes))[1:]
+    # Equal lengths side by side, longest first; numpy sorts integers of 16 bits by their digits, in linear time.
+    order = np.argsort((capacity - sizes).astype(np.min_scalar_type(capacity)), kind="stable")
+    num_of_size = np.bincount(sizes)
     bin_of = np.empty(len(sizes), np.int64)  # in sorted order
-    bins_with_space: dict[int, list[Int64Array]] = {}
-    spaces = 0  # bit r is set where some bin has r free: `(spaces >> size)` lowest bit is the best fit
-    num_bins = 0
-
-    def put(space: int, bins: Int64Array) -> None:
-        nonlocal spaces
-        if space and len(bins):
-            bins_with_space.setdefault(space, []).append(bins)
-            spaces |= 1 << space
-
-    for size, begin, end in zip((-distinct).tolist(), run_starts.tolist(), run_ends.tolist(), strict=True):
+    bins = _Bins(capacity)
+    begin = 0
+    for size in np.flatnonzero(num_of_size)[::-1].tolist():
+        end = begin + int(num_of_size[size])
         while begin < end:
-            fitting = spaces >> size
-            if fitting:
-                space = size + (fitting & -fitting).bit_length() - 1
-                bins = bins_with_space[space].pop()
-                if not bins_with_space[space]:
-                    spaces &= ~(1 << space)
-            else:
-                space = capacity
-                num_new = -(-(end - begin) // (capacity // size))
-                bins = np.arange(num_bins, num_bins + num_new)
-                num_bins += num_new
-            per_bin = space // size
-            placed = min(end - begin, per_bin * len(bins))
-            bin_of[begin : begin + placed] = np.repeat(bins[: -(-placed // per_bin)], per_bin)[:placed]
-            begin += placed
-            num_full, rest = divmod(placed, per_bin)
-            put(space - per_bin * size, bins[:num_full])
-            if rest:
-                put(space - rest * size, bins[num_full : num_full + 1])
-            put(space, bins[num_full + (rest > 0) :])
+            begin += bins.place(size, bin_of[begin:end])
     result = np.empty_like(bin_of)
     result[order] = bin_of
-    return result, num_bins
+    return result, bins.num_bins
+
+
+class _Bins:
+    """Bins by their free space; those with equal space are together in arrays of bin numbers."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.num_bins = 0
+        self._with_space: dict[int, list[Int64Array]] = {}
+        self._spaces = 0  # bit r is set where some bin has r free
+
+    def place(self, size: int, bin_of: Int64Array) -> int:
+        """Put items of one size into bins of one space; write their bins into ``bin_of`` and return how many."""
+        space, bins = self._take(size, len(bin_of))
+        per_bin = space // size
+        placed = min(len(bin_of), per_bin * len(bins))
+        num_full, rest = divmod(placed, per_bin)
+        used = num_full + (rest > 0)
+        bin_of[:placed] = bins[:used] if per_bin == 1 else np.repeat(bins[:used], per_bin)[:placed]
+        self._put(space - per_bin * size, bins[:num_full])
+        self._put(space - rest * size, bins[num_full:used])
+        self._put(space, bins[used:])
+        return placed
+
+    def _take(self, size: int, num_items: int) -> tuple[int, Int64Array]:
+        """The least space that holds an item, and bins with it; new bins where there is none."""
+        fitting = self._spaces >> size
+        if not fitting:
+            first, per_bin = self.num_bins, self.capacity // size
+            self.num_bins += -(-num_items // per_bin)
+            return self.capacity, np.arange(first, self.num_bins)
+        space = size + (fitting & -fitting).bit_length() - 1
+        bins = self._with_space[space].pop()
+        if not self._with_space[space]:
+            self._spaces &= ~(1 << space)
+        return space, bins
+
+    def _put(self, space: int, bins: Int64Array) -> None:
+        if space and len(bins):
+            self._with_space.setdefault(space, []).append(bins)
+            self._spaces |= 1 << space

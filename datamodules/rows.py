@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
+from lightning_llm.datamodules.collate import Count, Layout, Segment, collate_rows
 from lightning_llm.datamodules.packing import best_fit_decreasing
 from lightning_llm.datamodules.token_store import TokenStore
-from lightning_llm.datamodules.windows import Int64Array, window_table
-from lightning_llm.loss import IGNORE_INDEX
+from lightning_llm.datamodules.windows import Int64Array, WindowTable, window_table
 
-Windowing = Literal["packed", "windows", "documents"]
+Windowing = Literal["packed", "wrapped", "windows", "documents"]
 
 EMPTY_ROW = -1  # a row id that stands for padding alone: no token, no target
 
@@ -29,8 +28,9 @@ class RowTable:
         windowing: How the rows were made.
         max_length: Tokens in a row at most.
         row_offsets: (num_rows + 1,) int64; row r holds segments row_offsets[r]..row_offsets[r + 1].
-        start: (num_segments,) int64, first token in the store.
-        length: (num_segments,) int64.
+        document: (num_segments,) int64, the document of the store that a segment is of.
+        start: (num_segments,) int64, first token in the store, from its beginning and not the document's.
+        length: (num_segments,) int64, at least 1.
         num_context: (num_segments,) int64, leading tokens that are no targets.
         num_cut_tokens: Tokens of too long documents that no row holds (only ``documents`` cuts).
     """
@@ -38,6 +38,7 @@ class RowTable:
     windowing: Windowing
     max_length: int
     row_offsets: Int64Array
+    document: Int64Array
     start: Int64Array
     length: Int64Array
     num_context: Int64Array
@@ -69,7 +70,11 @@ class RowTable:
         return self.num_tokens / max(len(self) * self.max_length, 1)
 
     def segments(self, row: int) -> list[tuple[int, int, int]]:
-        """(start, length, num_context) of each window in a row."""
+        """(start, length, num_context) of each window in a row; none in an empty row."""
+        if row == EMPTY_ROW:
+            return []
+        if not 0 <= row < len(self):
+            raise IndexError(f"Row ids lie in 0..{len(self) - 1}, or are {EMPTY_ROW} for an empty row, but got {row}.")
         part = slice(self.row_offsets[row], self.row_offsets[row + 1])
         columns = (self.start[part], self.length[part], self.num_context[part])
         return list(zip(*(column.tolist() for column in columns), strict=True))
@@ -82,45 +87,105 @@ def make_rows(
     windowing: Windowing,
     stride: int | None = None,
 ) -> RowTable:
-    """Lay documents out in rows.
+    """Lay documents out in rows; empty documents give none.
 
-    ``packed``: documents longer than a row are cut into windows that overlap by one token, and all pieces are
-    packed best-fit; every token but a document's first is a target exactly once. ``windows``: one window a row,
-    ``stride`` new tokens in each. ``documents``: one document a row, the rest of a longer one is left out.
+    ``packed``: documents longer than a row are cut into windows that overlap, and all pieces are packed best-fit.
+    ``wrapped``: all documents end to end, cut into rows of ``max_length`` that overlap by one token, so that only the
+    last one is shorter; documents are cut wherever a row ends. In both, documents do not see each other. ``windows``:
+    one window a row. In all three every token but a document's first is a target exactly once. ``documents``: one
+    document a row, the rest of a longer one is left out.
 
     Args:
         offsets: (num_documents + 1,) int64, document d holds tokens offsets[d]..offsets[d + 1] of the store.
         documents: (n,) int64, the documents to lay out.
         max_length: Tokens in a row.
         windowing: As above.
-        stride: For ``windows``, see :func:`window_table`.
+        stride: For ``packed`` and ``windows``: new tokens in each window of a long document, the others are context
+            and no targets; see :func:`window_table`. None: all but one. With ``max_length`` windows do not overlap,
+            and no window's first token is a target.
+
+    Raises:
+        ValueError: If ``windowing`` is unknown, or has no ``stride``.
+
+    Example:
+        Documents of 5 and 2 tokens in rows of 4: pieces of 4, 2 (one of them context) and 2; or rows of 4, 4 and 1.
+
+        >>> offsets = np.array([0, 5, 7])
+        >>> table = make_rows(offsets, np.array([0, 1]), max_length=4, windowing="packed")
+        >>> [table.segments(row) for row in range(len(table))]
+        [[(0, 4, 0)], [(3, 2, 1), (5, 2, 0)]]
+        >>> table = make_rows(offsets, np.array([0, 1]), max_length=4, windowing="wrapped")
+        >>> [table.segments(row) for row in range(len(table))]
+        [[(0, 4, 0)], [(3, 2, 1), (5, 2, 0)]]
     """
+    if windowing not in get_args(Windowing):
+        raise ValueError(f"`windowing` must be 'packed', 'wrapped', 'windows' or 'documents', but got {windowing!r}.")
+    if stride is not None and windowing not in ("packed", "windows"):
+        raise ValueError(
+            f"`stride` has a meaning for windowing='packed' and 'windows', but got stride={stride} for {windowing!r}."
+        )
+    documents = documents[offsets[documents + 1] > offsets[documents]]
     first = offsets[documents]
     lengths = offsets[documents + 1] - first
     if windowing == "documents":
         kept = np.minimum(lengths, max_length)
         rows = np.arange(len(documents) + 1)
-        return RowTable(windowing, max_length, rows, first, kept, np.zeros_like(kept), int((lengths - kept).sum()))
-    if windowing == "windows":
-        table = window_table(lengths, max_length, stride)
-        rows = np.arange(len(table.document) + 1)
-        return RowTable(windowing, max_length, rows, first[table.document] + table.start, *table[2:])
-    table = window_table(lengths, max_length, right_align=False)
-    bins, num_bins = best_fit_decreasing(table.length, max_length)
-    order = np.argsort(bins, kind="stable")
-    rows = np.searchsorted(bins[order], np.arange(num_bins + 1))
-    start = first[table.document] + table.start
-    return RowTable(windowing, max_length, rows, start[order], table.length[order], table.num_context[order])
+        num_cut = int((lengths - kept).sum())
+        return RowTable(windowing, max_length, rows, documents, first, kept, np.zeros_like(kept), num_cut)
+    if windowing == "wrapped":
+        rows, pieces = _wrap(lengths, max_length)
+    else:
+        pieces = window_table(lengths, max_length, stride, right_align=windowing == "windows")
+        rows = np.arange(len(pieces.document) + 1)
+        if windowing == "packed":
+            bins, num_bins = best_fit_decreasing(pieces.length, max_length)
+            order = np.argsort(bins, kind="stable")
+            rows = np.searchsorted(bins[order], np.arange(num_bins + 1))
+            pieces = WindowTable(*(column[order] for column in pieces))
+    document, start, length, num_context = pieces
+    return RowTable(windowing, max_length, rows, documents[document], first[document] + start, length, num_context)
 
 
-class RowDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
+def _wrap(lengths: Int64Array, max_length: int) -> tuple[Int64Array, WindowTable]:
+    """Cut the documents, laid end to end, into rows of ``max_length`` that overlap by one token.
+
+    A row [a, b) of the whole holds the documents from the one that token a is of to the one that token b - 1 is of.
+    Documents of 5 and 2 tokens, rows of 4: [0, 4) holds document 0, [3, 7) both.
+
+    Args:
+        lengths: (num_documents,) int64, all at least 1.
+        max_length: Tokens in a row.
+
+    Returns:
+        (num_rows + 1,) int64, where each row's pieces begin, and the pieces.
+    """
+    edges = np.append(0, np.cumsum(lengths))
+    _, begin, length, num_context = window_table([edges[-1]], max_length, right_align=False)
+    end = begin + length
+    first = np.searchsorted(edges, begin, side="right") - 1
+    counts = np.searchsorted(edges, end, side="left") - first
+    rows = np.append(0, np.cumsum(counts))
+    row = np.repeat(np.arange(len(counts)), counts)
+    document = first[row] + np.arange(len(row)) - rows[row]
+    start = np.maximum(begin[row], edges[document])
+    stop = np.minimum(end[row], edges[document + 1])
+    context = np.where(start == begin[row], num_context[row], 0)
+    return rows, WindowTable(document, start - edges[document], stop - start, context)
+
+
+class RowDataset(torch.utils.data.Dataset[dict[str, Any]]):
     """Batches of rows, made on demand: ``dataset[[3, 17]]`` is the batch of rows 3 and 17.
 
     Args:
         store: Where the tokens are.
         table: Which tokens stand in which row.
         pad_token_id: Fills the rest of a row.
-        token_bytes: (vocab,) float64, bytes of text behind each token; if given, batches carry ``num_bytes``.
+        token_bytes: (vocab,) float64, bytes of text behind each token; if given, batches carry ``num_bytes``, and
+            ``num_words`` if the store knows the words of its documents.
+        layout: See :func:`collate_rows`. None: ``packed`` for rows of several documents, else ``padded``.
+
+    Raises:
+        ValueError: If ``layout`` is ``padded`` and rows hold several documents.
     """
 
     def __init__(
@@ -129,61 +194,87 @@ class RowDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         table: RowTable,
         pad_token_id: int,
         token_bytes: npt.NDArray[np.float64] | None = None,
+        *,
+        layout: Layout | None = None,
     ) -> None:
+        is_packed = table.windowing in ("packed", "wrapped")
+        if layout == "padded" and is_packed:
+            raise ValueError(
+                f"layout='padded' is for rows of one document, but windowing={table.windowing!r} puts several into a "
+                f"row. Use layout='packed' or 'padding_free', or windowing='windows'."
+            )
         self.store = store
         self.table = table
         self.pad_token_id = pad_token_id
         self.token_bytes = token_bytes
+        self.layout: Layout = layout or ("packed" if is_packed else "padded")
 
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getitem__(self, row_ids: Sequence[int]) -> dict[str, Tensor]:
+    @property
+    def width(self) -> int | None:
+        """Tokens in a row of a batch, padding included; None where that depends on the rows."""
+        return self.table.max_length if self.layout == "packed" else None
+
+    @property
+    def counts(self) -> tuple[Count, ...]:
+        """What batches count besides tokens."""
+        if self.token_bytes is None:
+            return ()
+        return ("num_bytes",) if self.store.num_words is None else ("num_bytes", "num_words")
+
+    def __getitem__(self, row_ids: Sequence[int]) -> dict[str, Any]:
         """Collate rows.
 
         Args:
             row_ids: Rows of the table; -1 stands for an empty row.
 
         Returns:
-            int64 tensors: ``input_ids`` and ``labels`` (batch, seq), labels unshifted with -100 on context and
-            padding; ``row_ids`` and ``num_input_tokens`` (batch,), the latter without padding; ``position_ids``
-            (batch, seq), restarting with each document, for packed rows, else ``attention_mask`` (batch, seq).
-            Packed rows carry no attention mask: with one, transformers overlooks the restarts. ``num_bytes``
-            (batch,), bytes behind the label tokens, where ``token_bytes`` is given.
+            What :func:`collate_rows` makes of the rows, packed ones of width ``max_length``, with ``row_ids``;
+            ``num_bytes`` of text behind the label tokens and ``num_words``, where ``token_bytes`` is given.
         """
-        table, tokens = self.table, self.store.tokens
-        packed = table.windowing == "packed"
-        rows = [table.segments(row) if row != EMPTY_ROW else [] for row in row_ids]
-        used = np.array([sum(length for _, length, _ in row) for row in rows], dtype=np.int64)
-        width = table.max_length if packed else max(int(used.max(initial=0)), 1)
-        input_ids = np.full((len(rows), width), self.pad_token_id, np.int64)
-        labels = np.full((len(rows), width), IGNORE_INDEX, np.int64)
-        arange = np.arange(width)
-        position_ids = np.empty((len(rows), width), np.int64)
-        for index, row in enumerate(rows):
-            at = 0
-            for start, length, num_context in row:
-                piece = tokens[start : start + length]
-                input_ids[index, at : at + length] = piece
-                # A segment's first token is no target: nothing of its document stands before it in the row.
-                unscored = max(num_context, 1)
-                labels[index, at + unscored : at + length] = piece[unscored:]
-                position_ids[index, at : at + length] = arange[:length]
-                at += length
-            position_ids[index, at:] = arange[: width - at]  # padding is a document of its own
-        batch = {
-            "input_ids": torch.from_numpy(input_ids),
-            "labels": torch.from_numpy(labels),
-            "row_ids": torch.tensor(list(row_ids), dtype=torch.int64),
-            "num_input_tokens": torch.from_numpy(used),
-        }
-        if packed:
-            batch["position_ids"] = torch.from_numpy(position_ids)
-        else:
-            batch["attention_mask"] = torch.from_numpy((arange < used[:, None]).astype(np.int64))
-        if self.token_bytes is not None:
-            num_bytes = np.where(labels != IGNORE_INDEX, self.token_bytes[input_ids], 0.0).sum(1)
-            batch["num_bytes"] = torch.from_numpy(
-                np.rint(num_bytes).astype(np.int64)
-            )  # no float: precision casts those
-        return batch
+        return collate_rows(
+            self.row_segments(row_ids),
+            pad_token_id=self.pad_token_id,
+            layout=self.layout,
+            width=self.width,
+            per_row={"row_ids": np.array(row_ids, dtype=np.int64)},
+            counts=self.counts,
+        )
+
+    def row_segments(self, row_ids: Sequence[int]) -> list[list[Segment]]:
+        """The segments of each row, views of the store; -1 has none."""
+        self.store.check()  # a file that was cut short would otherwise kill the process when it is read
+        tokens = self.store.tokens
+        rows = []
+        for row_id in row_ids:
+            parts = self.table.segments(row_id)
+            row = [Segment(tokens[begin : begin + length], num_context) for begin, length, num_context in parts]
+            rows.append(self._count(row_id, row) if row and self.token_bytes is not None else row)
+        return rows
+
+    def _count(self, row_id: int, row: list[Segment]) -> list[Segment]:
+        """The segments of a row with the bytes and words behind their targets."""
+        assert self.token_bytes is not None
+        words = self._words(row_id, self.store.num_words)
+        targets = [segment.tokens[max(segment.num_context, 1) :] for segment in row]
+        num_bytes = [float(self.token_bytes[tokens].sum()) for tokens in targets]
+        return [Segment(*segment[:2], *counts) for segment, *counts in zip(row, num_bytes, words, strict=True)]
+
+    def _words(self, row_id: int, num_words: Int64Array | None) -> list[int]:
+        """Words of each segment of a row, if the words of a document are spread evenly over its tokens.
+
+        Tokens [s, e) of a document of L tokens and w words hold floor(w e / L) - floor(w s / L) of them, so that the
+        windows of a document add up to w. A document's first token, which is no target, counts with the next ones.
+        """
+        table, offsets = self.table, self.store.offsets
+        part = slice(*table.row_offsets[row_id : row_id + 2])
+        document = table.document[part]
+        if num_words is None:
+            return [0] * len(document)
+        end = table.start[part] - offsets[document] + table.length[part]
+        new = end - table.length[part] + table.num_context[part]
+        num_tokens, words = offsets[document + 1] - offsets[document], np.asarray(num_words)[document]
+        counts: list[int] = (words * end // num_tokens - words * new // num_tokens).tolist()
+        return counts

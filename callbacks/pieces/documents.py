@@ -12,6 +12,9 @@ from torch import Tensor
 from lightning_llm.callbacks.pieces.rows import BOUNDARIES, LONGEST, CannotSplit, like
 from lightning_llm.loss import IGNORE_INDEX
 
+# What evaluation adds up, given for the row as a whole: pieces add up to it too.
+AMOUNTS = ("num_bytes", "num_words")
+
 
 def document_edges(batch: Any) -> list[int]:
     """Where the documents of a single packed row begin, and where the last one ends; [] if it is not packed."""
@@ -45,6 +48,8 @@ def take_documents(batch: Mapping[str, Any], edges: list[int], first: int, end: 
             items[key] = value[..., first : end + 1] - begin
         elif key in LONGEST:
             items[key] = torch.full_like(value, longest) if isinstance(value, Tensor) else longest
+        elif first and key in AMOUNTS and _shape_of(value) == (1,):
+            items[key] = torch.zeros_like(value)  # the first piece has it all
         elif value is None or isinstance(value, (str, bytes, int, float)) or _shape_of(value) in ((), (1,)):
             items[key] = value  # of the row as a whole
         elif isinstance(value, list) and len(value) in (tokens, len(edges) - 1):

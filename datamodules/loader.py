@@ -1,148 +1,277 @@
-"""The loader: which rows each rank sees in each micro-batch, as a pure function of seed, epoch and position."""
+"""The loader: asks a plan which rows come next, makes the batches, and knows what has been trained on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_llm.datamodules.order import shuffled
+from lightning_llm.datamodules.batch_plan import BatchPlan, Cursor, Layout, RowPlan
+from lightning_llm.datamodules.global_batch_plan import GlobalBatchPlan
+from lightning_llm.datamodules.mixed_rows import MixedRowDataset
 from lightning_llm.datamodules.rows import EMPTY_ROW, RowDataset
+from lightning_llm.datamodules.trainer_position import align_batches, announce_length, is_fitting, trained_batches
 
 
 class RowLoader:
-    """Iterates over micro-batches of rows; the order of the rows does not depend on the number of ranks.
+    """Iterates over the micro-batches that a plan gives one rank; resumes at any of them at once, on any layout.
 
-    Micro-batch m over all ranks holds the epoch's positions m * B * W to (m + 1) * B * W; rank r takes its share of
-    them. All ranks yield equally many batches; where rows run out, a rank gets an empty row (padding only, no
-    target) rather than another rank's row again, so that every row counts exactly once, in evaluation too.
+    All ranks yield equally many batches; where rows run out, a rank gets an empty row (padding only, no target) rather
+    than another rank's row again, so that every row counts exactly once, in evaluation too.
+
+    The state is what was *trained* up to the last optimizer step, as the trainer counts it, never what was delivered or
+    prepared by workers.
 
     This is deliberately no ``torch.utils.data.DataLoader``: Lightning replaces the sampler of those, and shuffles
     ordered training data and repeats rows in validation. It delivers the epoch to ``loader.sampler.set_epoch``.
 
     Args:
         dataset: Makes the batches.
-        micro_batch_size: Rows per rank in a batch.
-        shuffle: A new order each epoch; False keeps the table's order.
-        seed: Of the order.
+        plan: Says which rows they hold.
         rank: This rank among the data-parallel ranks.
-        world_size: Number of data-parallel ranks.
-        drop_last: Leave out the last batch if it is short.
+        num_ranks: Number of data-parallel ranks.
+        trainer: Whose position is saved, and whose ``accumulate_grad_batches`` a global batch is cut by; None outside
+            of one: then all that was delivered counts as trained.
         num_workers: Worker processes; 0 is fastest for tokens that lie in a memory-mapped store.
         pin_memory: Page-lock batches, for copies to a GPU.
+        identity: What the rows are made of, by name; a state of other rows is refused.
     """
 
     def __init__(
         self,
-        dataset: RowDataset,
-        micro_batch_size: int,
+        dataset: RowDataset | MixedRowDataset,
+        plan: BatchPlan,
         *,
-        shuffle: bool = False,
-        seed: int = 0,
         rank: int = 0,
-        world_size: int = 1,
-        drop_last: bool = False,
+        num_ranks: int = 1,
+        trainer: L.Trainer | None = None,
         num_workers: int = 0,
         pin_memory: bool = False,
+        identity: dict[str, Any] | None = None,
     ) -> None:
         self.dataset = dataset
-        self.micro_batch_size = micro_batch_size
-        self.shuffle = shuffle
-        self.seed = seed
+        self.plan = plan
         self.rank = rank
-        self.world_size = world_size
-        self.drop_last = drop_last
+        self.num_ranks = num_ranks
+        self.trainer = trainer
+        self.identity = identity or {}
         self.epoch = 0
-        self.position = 0  # batches of the current epoch that have been handed out
-        self._is_resumed = False
         self.sampler = self
         self.batch_sampler = None  # Lightning looks for one wherever there is a `sampler`
+        self._after: dict[int, Cursor] = {0: Cursor()}  # where the run stands after so many batches of the epoch
+        self._delivered = 0  # batches of the epoch, those before a resume included
+        self._is_resumed = False  # and not begun yet
+        self._length: tuple[int, int] | None = None  # an epoch that has begun, and its batches
+        self._wanted: int | None = None  # a global batch that begins with the next optimizer step
+        self._dispatch = _Dispatch(self)
         self._loader: DataLoader[dict[str, Tensor]] = DataLoader(
             dataset,
             batch_size=None,
-            sampler=_BatchIndex(self),
+            sampler=self._dispatch,
             num_workers=num_workers,
             pin_memory=pin_memory,
             collate_fn=_as_is,
             persistent_workers=num_workers > 0,
         )
 
+    # ---- what Lightning asks for ---------------------------------------------------------------------------------
+
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next iteration."""
+        """Choose the next iteration's epoch; a loaded position in it is kept, and Lightning's counters follow it."""
         self.epoch = epoch
+        if not is_fitting(self.trainer):
+            return
+        assert self.trainer is not None
+        announce_length(self.trainer, len(self))
+        if self._is_resumed:  # else at the end of the epoch before, whose length Lightning knew on another layout
+            align_batches(self.trainer, self._delivered if self._continues else int(self.trainer.num_training_batches))
+
+    def __len__(self) -> int:
+        """Batches of a rank in the epoch, those before a resume included."""
+        if self._length is not None and self._length[0] == self.epoch and not self._is_resumed:
+            return self._length[1]
+        first, cursor = self._beginning()
+        return first + self.plan.num_batches(cursor, self._layout)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """The epoch's batches, from the loaded position if there is one; nothing changes before the first."""
+        return self._batches()
 
     @property
-    def batch_size(self) -> int:
-        """Rows per rank in a batch, under the name that a ``DataLoader`` has for it."""
-        return self.micro_batch_size
+    def batch_size(self) -> int | None:
+        """Rows per rank in a batch, under the name that a ``DataLoader`` has for it; None where it varies."""
+        return self.plan.micro_batch_size if isinstance(self.plan, RowPlan) else None
+
+    # ---- state ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was trained, and of which rows; the same on every rank."""
+        return {"version": 1, "rows": dict(self.identity), "cursor": self._trained.to_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the state was saved.
+
+        Raises:
+            ValueError: If it was saved over other rows, naming what differs.
+        """
+        check_identity(state_dict["rows"], self.identity)
+        cursor = Cursor.from_state(state_dict["cursor"])
+        self.epoch = cursor.epoch
+        self._delivered = self.plan.batches_before(cursor, self._layout)
+        self._after = {self._delivered: cursor}
+        self._is_resumed = True
+
+    # ---- what others may ask -------------------------------------------------------------------------------------
+
+    def set_global_batch(self, size: float) -> None:
+        """Let each optimizer step from the next one on hold so many rows, or label tokens if the plan counts those.
+
+        Call it on every rank with the same number. Batches that workers have prepared are made again.
+
+        Raises:
+            TypeError: If the loader does not know what an optimizer step holds.
+        """
+        if not isinstance(self.plan, GlobalBatchPlan):
+            raise TypeError(
+                "The loader can only change its global batch if it was given one: "
+                "TextDataModule(global_batch_size=...) or global_batch_tokens=..."
+            )
+        self._wanted = self.plan.rows_for(size)
 
     @property
     def tokens_per_epoch(self) -> int:
         """Label tokens of all ranks in an epoch."""
         return self.dataset.table.num_label_tokens
 
+    def epoch_lengths(self, num_epochs: int) -> list[int]:
+        """Batches of a rank in each epoch of a run; they differ where the global batch follows a schedule."""
+        lengths, cursor = [], Cursor()
+        for epoch in range(num_epochs):
+            cursor = replace(cursor, epoch=epoch)
+            lengths.append(self.plan.num_batches(cursor, self._layout))
+            cursor = self.plan.end_of_epoch(cursor)
+        return lengths
+
     def longest_batch(self) -> dict[str, Tensor]:
         """A micro-batch of the longest rows, for whoever wants to know what memory the worst one takes."""
         longest = np.argsort(self.dataset.table.row_lengths, kind="stable")[::-1]
-        return self.dataset[longest[: self.micro_batch_size].tolist()]
+        first = next(iter(self.plan.batches(Cursor(), self._layout)))
+        return self.dataset[longest[: max(len(first.rows), 1)].tolist()]
 
-    def __len__(self) -> int:
-        num_rows, global_batch = len(self.dataset), self.micro_batch_size * self.world_size
-        return num_rows // global_batch if self.drop_last else -(-num_rows // global_batch)
+    # ---- details -------------------------------------------------------------------------------------------------
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """The epoch's batches, from the position that was loaded, if one was; its order is that of the first one."""
-        if not self._is_resumed:
-            self.position = 0
+    @property
+    def _layout(self) -> Layout:
+        micro_batches = int(self.trainer.accumulate_grad_batches) if is_fitting(self.trainer) else 1  # type: ignore[union-attr]
+        return Layout(self.rank, self.num_ranks, micro_batches)
+
+    @property
+    def _continues(self) -> bool:
+        """Whether the coming iteration is the rest of an epoch that was loaded."""
+        cursor = self._after[self._delivered]
+        is_this = self._is_resumed and cursor.epoch == self.epoch
+        return is_this and self.plan.num_batches(cursor, self._layout) > 0
+
+    def _beginning(self) -> tuple[int, Cursor]:
+        """First batch of the coming iteration, and where it stands."""
+        cursor = self._after[self._delivered]
+        if self._continues:
+            return self._delivered, cursor
+        return 0, cursor.next_epoch(self.epoch)
+
+    @property
+    def _trained(self) -> Cursor:
+        count = self._delivered
+        if is_fitting(self.trainer) and not self._is_resumed:
+            assert self.trainer is not None
+            count = min(count, trained_batches(self.trainer))
+        return self._after[max((number for number in self._after if number <= count), default=min(self._after))]
+
+    def _batches(self) -> Iterator[dict[str, Tensor]]:
+        self._delivered, cursor = self._beginning()
         self._is_resumed = False
-        for batch in self._loader:
-            self.position += 1
-            yield batch
+        self._after = {self._delivered: cursor}
+        self._length = (self.epoch, self._delivered + self.plan.num_batches(cursor, self._layout))
+        while True:
+            self._dispatch.start(cursor)
+            for number, batch in enumerate(self._loader):
+                cursor = self._dispatch.planned.pop(number)
+                self._delivered += 1
+                self._remember(cursor)
+                yield batch
+                if self._wanted is not None and self._is_between_steps():
+                    break
+            else:
+                return
+            cursor = self._rebatch(cursor)
 
-    def state_dict(self) -> dict[str, int]:
-        """Where the epoch stands, the same on every rank; Lightning puts it into its checkpoints."""
-        return {"position": self.position, "global_batch": self.micro_batch_size * self.world_size}
+    def _is_between_steps(self) -> bool:
+        return self._delivered % self._layout.micro_batches == 0
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Start the next iteration where the checkpoint was saved."""
-        rows, global_batch = (
-            state_dict["position"] * state_dict["global_batch"],
-            self.micro_batch_size * self.world_size,
-        )
-        if rows % global_batch:
-            rank_zero_warn(
-                f"The checkpoint was saved after {rows} rows of the epoch, which is no multiple of the {global_batch} "
-                f"that a micro-batch now holds over all ranks: {rows % global_batch} rows are seen again."
-            )
-        self.position = rows // global_batch
-        self._is_resumed = True
+    def _rebatch(self, cursor: Cursor) -> Cursor:
+        """Begin the wanted global batch at the cursor."""
+        cursor = replace(cursor, global_batch=self._wanted)
+        self._wanted = None
+        self._after[self._delivered] = cursor
+        self._length = (self.epoch, self._delivered + self.plan.num_batches(cursor, self._layout))
+        if is_fitting(self.trainer):
+            assert self.trainer is not None
+            announce_length(self.trainer, self._length[1])
+        return cursor
 
-    def row_ids(self, batch_idx: int) -> list[int]:
-        """Rows of this rank in a micro-batch of the current epoch."""
-        num_rows, global_batch = len(self.dataset), self.micro_batch_size * self.world_size
-        begin = batch_idx * global_batch
-        positions = np.arange(begin, min(begin + global_batch, num_rows))
-        share = np.array_split(positions, self.world_size)[self.rank]
-        if not len(share):
-            return [EMPTY_ROW]
-        rows = shuffled(share, num_rows, self.seed, self.epoch) if self.shuffle else share
-        return rows.tolist()  # type: ignore[no-any-return]
+    def _remember(self, cursor: Cursor) -> None:
+        """Where the run will stand, until that is trained."""
+        trained = trained_batches(self.trainer) if is_fitting(self.trainer) else self._delivered - 1  # type: ignore[arg-type]
+        self._after[self._delivered] = cursor
+        for number in [n for n in self._after if n < min(trained, self._delivered - 1)]:
+            del self._after[number]
 
 
-class _BatchIndex(torch.utils.data.Sampler[list[int]]):
+class _Dispatch(torch.utils.data.Sampler[list[int]]):
+    """Runs ahead of the batches, in the main process: hands row ids to workers, notes where each leads."""
+
     def __init__(self, loader: RowLoader) -> None:
         self.loader = loader
+        self.planned: dict[int, Cursor] = {}
+        self._cursor = Cursor()
+
+    def start(self, cursor: Cursor) -> None:
+        """Begin anew at a cursor."""
+        self._cursor = cursor
+        self.planned = {}
 
     def __iter__(self) -> Iterator[list[int]]:
-        return (self.loader.row_ids(batch_idx) for batch_idx in range(self.loader.position, len(self.loader)))
+        planned = self.planned
+        for number, (rows, after) in enumerate(self.loader.plan.batches(self._cursor, self.loader._layout)):
+            planned[number] = after
+            yield rows.tolist() or [EMPTY_ROW]
 
-    def __len__(self) -> int:
-        return len(self.loader)
+
+def check_identity(saved: dict[str, Any], present: dict[str, Any]) -> None:
+    """Refuse to go on over other rows than a state was saved over.
+
+    Raises:
+        ValueError: Naming what differs.
+    """
+    different = [name for name in present if name in saved and saved[name] != present[name]]
+    if different:
+        changes = "; ".join(f"{name} was {saved[name]!r} and is {present[name]!r}" for name in different)
+        raise ValueError(
+            f"The checkpoint was saved over other data, and its position means nothing in this: {changes}. Bring the "
+            f"data and the settings back, or start a new run from the checkpoint's weights."
+        )
+    missing = sorted(set(present) - set(saved))
+    if missing:
+        rank_zero_warn(
+            f"The checkpoint does not say what {', '.join(missing)} of its data were; they are taken to fit."
+        )
 
 
 def _as_is(batch: Any) -> Any:

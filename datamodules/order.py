@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple, Protocol
+
 import numpy as np
 import numpy.typing as npt
 
@@ -10,7 +12,36 @@ from lightning_llm.datamodules.windows import Int64Array
 _ROUNDS = 4
 
 
-def shuffled(index: npt.ArrayLike, size: int, seed: int, epoch: int) -> Int64Array:
+class RowOrder(Protocol):
+    """Which rows stand where in an epoch."""
+
+    @property
+    def num_rows(self) -> int:
+        """Positions in an epoch."""
+
+    def rows(self, positions: Int64Array, epoch: int) -> Int64Array:
+        """The rows at positions 0..num_rows - 1 of an epoch, (n,) int64 as the positions."""
+
+
+class TableOrder(NamedTuple):
+    """The order of a table, shuffled anew in each epoch if there is a seed.
+
+    Attributes:
+        num_rows: Rows of the table.
+        seed: None keeps the table's own order.
+    """
+
+    num_rows: int
+    seed: int | None = None
+
+    def rows(self, positions: Int64Array, epoch: int) -> Int64Array:
+        """Each row stands at one position of each epoch."""
+        if self.seed is None or not len(positions):
+            return positions
+        return shuffled(positions, self.num_rows, self.seed, epoch)
+
+
+def shuffled(index: npt.ArrayLike, size: int, seed: int, *key: int) -> Int64Array:
     """Where positions of an epoch fall in a pseudo-random permutation of 0..size-1.
 
     A Feistel network permutes 0..4^k - 1, the smallest such range that holds ``size``; positions that land outside
@@ -20,13 +51,13 @@ def shuffled(index: npt.ArrayLike, size: int, seed: int, epoch: int) -> Int64Arr
         index: Positions in the epoch, each in 0..size-1, any shape.
         size: Length of the epoch.
         seed: Of the run.
-        epoch: Each epoch has an order of its own.
+        *key: Each has an order of its own: the epoch, and what else there are many orders of.
 
     Returns:
         int64 array of the shape of ``index``.
 
     Example:
-        >>> sorted(shuffled(range(5), size=5, seed=0, epoch=1).tolist())
+        >>> sorted(shuffled(range(5), 5, 0, 1).tolist())
         [0, 1, 2, 3, 4]
 
     References:
@@ -35,7 +66,7 @@ def shuffled(index: npt.ArrayLike, size: int, seed: int, epoch: int) -> Int64Arr
     values = np.atleast_1d(np.asarray(index, dtype=np.uint64))
     half_bits = np.uint64(max(1, (int(size - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half_bits) - np.uint64(1)
-    keys = np.random.SeedSequence([seed, epoch]).generate_state(_ROUNDS, np.uint64)
+    keys = np.random.SeedSequence([seed, *key]).generate_state(_ROUNDS, np.uint64)
 
     def permute(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
         left, right = value >> half_bits, value & mask

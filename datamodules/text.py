@@ -3,57 +3,77 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
+from lightning_llm.datamodules.batch_plan import RowPlan
+from lightning_llm.datamodules.batching import Batching, BatchSettings
 from lightning_llm.datamodules.cache import build_once, default_cache_dir, fingerprint
-from lightning_llm.datamodules.loader import RowLoader
-from lightning_llm.datamodules.order import selected
-from lightning_llm.datamodules.rows import RowDataset, RowTable, Windowing, make_rows
-from lightning_llm.datamodules.sources import STDLIB, DocumentSource, open_source
-from lightning_llm.datamodules.token_store import FORMAT_VERSION, TokenStore, build_store
-from lightning_llm.datamodules.tokenizer import (
-    byte_tokenizer,
-    encoder,
-    load_tokenizer,
-    token_bytes,
-    train_bpe,
-)
-from lightning_llm.datamodules.windows import Int64Array
+from lightning_llm.datamodules.loader import RowLoader, check_identity
+from lightning_llm.datamodules.mixed_rows import MixedOrder, MixedRowDataset, mixture_weights
+from lightning_llm.datamodules.order import RowOrder, TableOrder
+from lightning_llm.datamodules.rows import RowDataset, RowTable, Windowing
+from lightning_llm.datamodules.sources import STDLIB
+from lightning_llm.datamodules.summary import describe_source, plot_lengths
+from lightning_llm.datamodules.text_source import Split, SplitRows, TextSource
+from lightning_llm.datamodules.token_store import TokenStore
+from lightning_llm.datamodules.tokenizer import byte_tokenizer, load_tokenizer, train_bpe
+from lightning_llm.schedule import Schedule
 
 _MAX_REFERENCE_BYTES = 1 << 25
-
-Split = Literal["train", "validation", "test"]
+_STAGES: dict[str | None, tuple[Split, ...]] = {
+    "fit": ("train", "validation"),
+    "validate": ("validation",),
+    "test": ("test",),
+    "predict": ("test",),
+}
 
 
 class TextDataModule(L.LightningDataModule):
     """Train a language model on long texts, cut and packed into rows of ``max_length`` tokens.
 
     Tokens are written to disk once and memory-mapped; rows are an index over them, so changing ``max_length``,
-    ``windowing`` or the batch costs nothing. Every rank yields equally many batches and every row counts once.
+    ``windowing`` or the batch costs nothing. Every rank yields equally many batches and every row counts once. A run
+    that is resumed, on any number of ranks, workers or micro-batches, trains on the rows that it would have trained on.
 
     Args:
         data: ``python-stdlib`` (the embedded corpus); a file or folder of text, markdown or source code, ``.jsonl``
             (also ``.gz``, ``.zst``) or ``.parquet``, or several; a folder written by ``Dataset.save_to_disk``; or the
-            id of a data set on the hub.
+            id of a data set on the hub. A mapping of names to these is a mixture.
         tokenizer: A tokenizer, its hub id or local folder; ``bytes``; or ``bpe`` to train one on the training
             documents.
         max_length: Tokens in a row.
         windowing: ``packed``: long documents are cut, all pieces packed best-fit, documents do not see each other,
-            no token is lost. ``windows``: one window of a document a row. ``documents``: one document a row, cut to
-            ``max_length`` with a warning that says what is lost.
+            no token is lost. ``wrapped``: documents end to end, cut wherever a row is full. ``windows``: one window
+            of a document a row. ``documents``: one document a row, cut to ``max_length`` with a warning that says what
+            is lost.
+        batching: ``rows``: ``micro_batch_size`` rows. ``padded``, ``padding_free``: rows by their tokens, each padded
+            to the longest, or all end to end in one row.
         micro_batch_size: Rows in a training batch of one rank.
+        micro_batch_tokens: For ``padded`` and ``padding_free``: tokens in a training batch of one rank, padding
+            included.
+        global_batch_size: Rows in an optimizer step over all ranks, or a schedule of them: ``{"0 samples": 32, "2M
+            tokens": 64}``. The loader cuts a step into as many micro-batches as the Trainer accumulates.
+        global_batch_tokens: Likewise in label tokens.
         eval_micro_batch_size: Rows in a validation, test or predict batch of one rank; ``micro_batch_size`` if None.
-        stride: For ``windows``: new tokens in each window; the others are context and no targets. None: all but one.
+        stride: For ``windows`` and ``packed``: new tokens in each window of a long document; the others are context
+            and no targets. None: all but one.
+        eval_windowing: How validation and test documents are cut; None: as those of training.
+        eval_context: For ``eval_windowing="windows"``: tokens that each scored token has before it at least, where the
+            document has them.
         validation_data: Like ``data``; None takes a share of the documents of ``data``.
         validation_fraction: That share, 0..1; 0 for no validation.
         test_data: Like ``data``; None tests on the validation documents.
+        weights: Of a mixture's sources: their share of the rows. None: by their number of rows.
+        temperature: Without ``weights``: shares in proportion to rows^(1/temperature).
         vocab_size: Size of the tokenizer that ``bpe`` trains, special tokens included.
         text_column: Which field of jsonl, parquet or a data set holds the text.
         split: Of a data set: the split to train on.
@@ -76,16 +96,24 @@ class TextDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        data: str | list[str] = STDLIB,
+        data: str | list[str] | dict[str, str | list[str]] = STDLIB,
         tokenizer: str | Any = "bpe",  # Any: a PreTrainedTokenizerBase; the help would list every subclass
         max_length: int = 1024,
         windowing: Windowing = "packed",
+        batching: Batching = "rows",
         micro_batch_size: int = 8,
+        micro_batch_tokens: int | None = None,
+        global_batch_size: int | dict[str, float] | Schedule | None = None,
+        global_batch_tokens: int | dict[str, float] | Schedule | None = None,
         eval_micro_batch_size: int | None = None,
         stride: int | None = None,
-        validation_data: str | list[str] | None = None,
+        eval_windowing: Windowing | None = None,
+        eval_context: int | None = None,
+        validation_data: str | list[str] | dict[str, str | list[str]] | None = None,
         validation_fraction: float = 0.05,
-        test_data: str | list[str] | None = None,
+        test_data: str | list[str] | dict[str, str | list[str]] | None = None,
+        weights: dict[str, float] | None = None,
+        temperature: float = 1.0,
         vocab_size: int = 8192,
         text_column: str = "text",
         split: str = "train",
@@ -103,39 +131,33 @@ class TextDataModule(L.LightningDataModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        if max_length < 2:
-            raise ValueError(f"`max_length` must be 2 at least (a token and its prediction), but got {max_length}.")
-        for name, size in {
+        sizes = {
             "micro_batch_size": micro_batch_size,
+            "micro_batch_tokens": micro_batch_tokens,
             "eval_micro_batch_size": eval_micro_batch_size,
-        }.items():
-            if size is not None and size < 1:
-                raise ValueError(f"`{name}` must be 1 at least, but got {size}.")
-        if not 0 <= validation_fraction < 1:
-            raise ValueError(f"`validation_fraction` lies in 0..1, 1 excluded, but got {validation_fraction}.")
-        if windowing not in ("packed", "windows", "documents"):
-            raise ValueError(f"`windowing` must be 'packed', 'windows' or 'documents', but got {windowing!r}.")
-        if stride is not None and windowing != "windows":
-            raise ValueError(f"`stride` has a meaning for windowing='windows' only, but windowing is {windowing!r}.")
-        if stride is not None and not 1 <= stride <= max_length:
-            raise ValueError(f"`stride` (new tokens in a window) lies in 1..max_length={max_length}, but got {stride}.")
-        self.data = data
+        }
+        _check_sizes(max_length, validation_fraction, sizes)
+        _check_windowing("windowing", windowing, "stride", stride, max_length)
+        eval_stride = None if eval_context is None else max_length - eval_context
+        _check_windowing("eval_windowing", eval_windowing or windowing, "eval_context", eval_stride, max_length)
+        if batching == "padded" and windowing in ("packed", "wrapped"):
+            raise ValueError(
+                f"batching='padded' is for rows of unequal length, but those of windowing={windowing!r} are full. Use "
+                f"batching='rows' or 'padding_free'."
+            )
+        self.batch_settings = BatchSettings(
+            batching, micro_batch_size, micro_batch_tokens, global_batch_size, global_batch_tokens
+        )
         self.max_length = max_length
         self.windowing: Windowing = windowing
-        self.micro_batch_size = micro_batch_size
-        self.eval_micro_batch_size = eval_micro_batch_size or micro_batch_size
+        self.eval_windowing: Windowing = eval_windowing or windowing
         self.stride = stride
-        self.validation_data = validation_data
-        self.validation_fraction = validation_fraction
-        self.test_data = test_data
+        self.eval_stride = stride if eval_context is None and eval_windowing in (None, windowing) else eval_stride
+        self.eval_micro_batch_size = eval_micro_batch_size or micro_batch_size
+        self.weights = weights
+        self.temperature = temperature
         self.vocab_size = vocab_size
-        self.text_column = text_column
-        self.split = split
-        self.validation_split = validation_split
-        self.dataset_config = dataset_config
         self.append_eos = append_eos
-        self.min_length = max(min_length, 1)
-        self.skip_corrupt = skip_corrupt
         self.shuffle = shuffle
         self.seed = seed
         self.drop_last = drop_last
@@ -143,27 +165,43 @@ class TextDataModule(L.LightningDataModule):
         self.pin_memory = pin_memory
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         self.trust_remote_code = trust_remote_code
+        self.sources = {
+            name: TextSource(
+                data=each,
+                validation_data=_part(validation_data, name, data, "validation_data"),
+                validation_fraction=validation_fraction,
+                test_data=_part(test_data, name, data, "test_data"),
+                split=split,
+                validation_split=validation_split,
+                seed=seed,
+                min_length=max(min_length, 1),
+                open_options={
+                    "text_column": text_column,
+                    "dataset_config": dataset_config,
+                    "skip_corrupt": skip_corrupt,
+                },
+            )
+            for name, each in _named(data).items()
+        }
+        _check_weights(weights, self.sources)
         self._tokenizer = tokenizer
         self._ready: PreTrainedTokenizerBase | None = None
-        self._rows: dict[Split, tuple[TokenStore, RowTable]] = {}
+        self._rows: dict[Split, dict[str, SplitRows]] = {}
+        self._train_loader: RowLoader | None = None
+        self._loaded_state: dict[str, Any] | None = None
         self._summarized = False
 
     # ---- Lightning's hooks ---------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
         """Train the tokenizer and write the token cache, where they are missing; one process per machine."""
-        for split in self._splits():
-            self._store(split)
+        for source in self.sources.values():
+            for split in source.stored_splits:
+                self._open_store(source, split)
 
     def setup(self, stage: str | None = None) -> None:
         """Map the tokens into memory and lay out the rows that the stage needs."""
-        wanted: dict[str | None, tuple[Split, ...]] = {
-            "fit": ("train", "validation"),
-            "validate": ("validation",),
-            "test": ("test",),
-            "predict": ("test",),
-        }
-        for split in wanted.get(stage, ("train", "validation", "test")):
+        for split in _STAGES.get(stage, ("train", "validation", "test")):
             if split not in self._rows and (split != "validation" or self._has_validation):
                 self._rows[split] = self._lay_out(split)
         if "train" in self._rows and not self._summarized:
@@ -171,20 +209,45 @@ class TextDataModule(L.LightningDataModule):
             self._summarized = True
 
     def train_dataloader(self) -> RowLoader:
-        """Rows of the training documents, in a new order each epoch."""
-        return self._loader("train", shuffle=self.shuffle, drop_last=self.drop_last)
+        """Rows of the training documents, in a new order each epoch; from the loaded position, if there is one."""
+        loader = self._make_train_loader()
+        if self._loaded_state is not None:
+            loader.load_state_dict(self._loaded_state)
+        self._train_loader = loader
+        return loader
 
     def val_dataloader(self) -> RowLoader | list[Any]:
         """Rows of the validation documents; nothing where there are none."""
-        return self._loader("validation") if self._has_validation else []
+        return self._make_eval_loader("validation") if self._has_validation else []
 
     def test_dataloader(self) -> RowLoader:
         """Rows of the test documents."""
-        return self._loader("test")
+        return self._make_eval_loader("test")
 
     def predict_dataloader(self) -> RowLoader:
         """Rows of the test documents, to be scored."""
-        return self._loader("test")
+        return self._make_eval_loader("test")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was trained up to the last optimizer step; the same on every rank, loadable on any layout."""
+        return self._train_loader.state_dict() if self._train_loader is not None else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the checkpoint was saved.
+
+        Raises:
+            ValueError: If it was saved over other data or settings, naming what changed.
+        """
+        if "train" in self._rows:
+            check_identity(state_dict["rows"], self._identity())
+        self._loaded_state = state_dict
+        if self._train_loader is not None:
+            self._train_loader.load_state_dict(state_dict)
+
+    def teardown(self, stage: str) -> None:
+        """Forget the run's position: another ``fit`` begins anew, or loads its own."""
+        if stage == "fit":
+            self._train_loader = self._loaded_state = None
 
     # ---- what others may ask -------------------------------------------------------------------------------------
 
@@ -195,143 +258,210 @@ class TextDataModule(L.LightningDataModule):
             self._ready = self._make_tokenizer()
         return self._ready
 
+    @property
+    def source_names(self) -> list[str]:
+        """Names of a mixture's sources, in the order of a batch's ``source_ids``; of a single source, its own."""
+        return list(self.sources)
+
+    @property
+    def packs_documents(self) -> bool:
+        """Whether rows hold several documents, which the model must keep apart."""
+        several = ("packed", "wrapped")
+        is_flat = self.batch_settings.batching == "padding_free"
+        return is_flat or self.windowing in several or self.eval_windowing in several
+
+    def set_global_batch(self, size: float) -> None:
+        """Let each optimizer step from the next one on hold so many rows, or label tokens if it was given in tokens.
+
+        For callbacks; call it on every rank with the same number. The number is in the checkpoint.
+
+        Raises:
+            TypeError: Without ``global_batch_size`` or ``global_batch_tokens``.
+            RuntimeError: Outside of training.
+        """
+        if self._train_loader is None:
+            raise RuntimeError("There is no training loader yet, and so no global batch: call this during training.")
+        self._train_loader.set_global_batch(size)
+
+    def store(self, split: Split = "train", source: str | None = None) -> TokenStore:
+        """The tokens that a split's documents are in, after ``setup``."""
+        return self._rows[split][source or self.source_names[0]].store
+
+    def table(self, split: Split = "train", source: str | None = None) -> RowTable:
+        """The rows of a split, after ``setup``."""
+        return self._rows[split][source or self.source_names[0]].table
+
     def row_text(self, row_id: int, split: Split = "train") -> str:
         """The text of a row, as a batch's ``row_ids`` name it, for a look at what went wrong."""
-        store, table = self._rows[split]
-        pieces = [store.tokens[start : start + length] for start, length, _ in table.segments(row_id)]
-        return str(self.tokenizer.decode(np.concatenate(pieces).tolist()))
+        number = row_id
+        for store, _, table in self._rows[split].values():
+            if 0 <= row_id < len(table):
+                pieces = [store.tokens[start : start + length] for start, length, _ in table.segments(row_id)]
+                return str(self.tokenizer.decode(np.concatenate(pieces).tolist()))
+            row_id -= len(table)
+        raise IndexError(f"The {split} split has no row {number}.")
 
     def summary(self) -> str:
-        """One line on the data and the rows made of it."""
-        store, table = self._rows["train"]
-        parts = [
-            f"{_name(self.data)}: {store.num_documents:,} documents, {store.num_bytes.sum() / 1e6:.1f} MB, "
-            f"{len(store.tokens):,} tokens",
-            f"training on {len(table):,} rows of {self.max_length} ({self.windowing}, {table.fill:.1%} full)",
-        ]
-        if "validation" in self._rows:
-            parts.append(f"validating on {len(self._rows['validation'][1]):,}")
-        return "; ".join(parts) + "."
+        """One screen on the documents, the rows made of them, and what a pipeline that truncates would lose."""
+        parts = []
+        for name, train in self._rows["train"].items():
+            title = train_title(name, self.sources[name])
+            parts.append(describe_source(title, train, self._rows.get("validation", {}).get(name)))
+        if len(self.sources) > 1:
+            shares = self._mixture_weights()
+            parts.append("mixture: " + ", ".join(f"{share:.1%} {name}" for name, share in shares.items()))
+        return "\n".join(parts)
+
+    def plot_lengths(self, split: Split = "train") -> Any:
+        """Draw how long the documents are, which exceed ``max_length``, and what cutting them would lose.
+
+        Returns:
+            A matplotlib figure; ``figure.savefig(path)`` writes it.
+        """
+        if split not in self._rows:
+            self.setup({"train": "fit", "validation": "validate", "test": "test"}[split])
+        rows = self._rows[split]
+        lengths = {train_title(n, self.sources[n]): r.store.lengths[r.documents] for n, r in rows.items()}
+        return plot_lengths(lengths, self.max_length)
 
     def zlib_bits_per_byte(self) -> float:
         """What zlib (level 9) needs for the validation text, at most 32 MiB of it: a yardstick for bits per byte."""
-        store, _ = self._rows["validation"]
         compressor = zlib.compressobj(9)
         num_bytes = compressed = 0
-        for document in self._documents("validation", store):
-            ids = store.tokens[store.offsets[document] : store.offsets[document + 1]].tolist()
-            text = str(self.tokenizer.decode(ids, skip_special_tokens=True)).encode()
-            num_bytes += len(text)
-            compressed += len(compressor.compress(text))
-            if num_bytes > _MAX_REFERENCE_BYTES:
-                break
+        for store, documents, _ in self._rows["validation"].values():
+            for document in documents:
+                ids = store.tokens[store.offsets[document] : store.offsets[document + 1]].tolist()
+                text = str(self.tokenizer.decode(ids, skip_special_tokens=True)).encode()
+                num_bytes += len(text)
+                compressed += len(compressor.compress(text))
+                if num_bytes > _MAX_REFERENCE_BYTES:
+                    break
         return 8 * (compressed + len(compressor.flush())) / max(num_bytes, 1)
 
     # ---- details -------------------------------------------------------------------------------------------------
 
     @property
     def _has_validation(self) -> bool:
-        return self.validation_data is not None or self.validation_fraction > 0
+        return any(source.has_validation for source in self.sources.values())
 
-    def _splits(self) -> list[Split]:
-        splits: list[Split] = ["train"]
-        if self.validation_data is not None:
-            splits.append("validation")
-        if self.test_data is not None:
-            splits.append("test")
-        return splits
+    def _open_store(self, source: TextSource, split: Split) -> TokenStore:
+        return source.store(split, self.cache_dir, self.tokenizer, append_eos=self.append_eos)
 
-    def _source(self, split: Split) -> DocumentSource:
-        if split == "test" and self.test_data is not None:
-            data, part = self.test_data, "test"
-        elif split != "train" and self.validation_data is not None:
-            data, part = self.validation_data, self.validation_split
-        else:
-            data, part = self.data, self.split
-        return open_source(
-            data,
-            text_column=self.text_column,
-            split=part,
-            dataset_config=self.dataset_config,
-            skip_corrupt=self.skip_corrupt,
-        )
+    def _lay_out(self, split: Split) -> dict[str, SplitRows]:
+        windowing, stride = self.windowing, self.stride
+        if split != "train":
+            windowing, stride = self.eval_windowing, self.eval_stride
+        return {
+            name: source.rows(split, partial(self._open_store, source), self.max_length, windowing, stride)
+            for name, source in self.sources.items()
+            if split != "validation" or source.has_validation
+        }
 
-    def _store(self, split: Split) -> TokenStore:
-        """Open a split's token cache; write it first where it is missing."""
-        source = self._source(split)
-        encode = encoder(self.tokenizer, append_eos=self.append_eos)
-        name = fingerprint([str(FORMAT_VERSION), source.fingerprint(), encode.fingerprint()])
-        folder = build_once(
-            self.cache_dir / f"tokens-{name}",
-            lambda path: build_store(path, source.documents(), encode, token_bytes(self.tokenizer)),
-        )
-        return TokenStore.open(folder)
-
-    def _documents(self, split: Split, store: TokenStore) -> Int64Array:
-        """Documents of the split, by number; those of validation are chosen by number and seed alone."""
-        numbers = np.arange(store.num_documents)
-        shared = self.validation_data is None and self.validation_fraction > 0
-        if shared and (split != "test" or self.test_data is None):
-            held_out = self._held_out(numbers)
-            numbers = numbers[~held_out] if split == "train" else numbers[held_out]
-        return numbers[store.lengths[numbers] >= self.min_length]
-
-    def _held_out(self, numbers: Any) -> Any:
-        return selected(numbers, self.validation_fraction if self.validation_data is None else 0.0, self.seed)
-
-    def _lay_out(self, split: Split) -> tuple[TokenStore, RowTable]:
-        if split == "test" and self.test_data is None and not self._has_validation:
-            raise ValueError(
-                "There are no test documents: all are trained on. Pass test_data=..., or hold some out with "
-                "validation_fraction or validation_data."
-            )
-        store = self._store(split)
-        documents = self._documents(split, store)
-        if not len(documents):
-            name, longest = self._source(split).name, int(store.lengths.max(initial=0))
-            if longest >= self.min_length:
-                raise ValueError(
-                    f"No document is left for {split}: of {store.num_documents} in {name}, none was drawn for it with "
-                    f"validation_fraction={self.validation_fraction} and seed={self.seed}. Change those, pass "
-                    f"validation_data=..., or validation_fraction=0 to train without validation."
-                )
-            raise ValueError(
-                f"No document is left for {split}: of {store.num_documents} in {name}, none has {self.min_length} "
-                f"tokens or more (min_length); the longest has {longest}. Lower min_length or add documents."
-            )
-        table = make_rows(store.offsets, documents, self.max_length, self.windowing, self.stride)
-        if table.num_cut_tokens:
-            total = table.num_cut_tokens + table.num_tokens
-            rank_zero_warn(
-                f"windowing='documents' leaves out {table.num_cut_tokens:,} of {total:,} tokens "
-                f"({table.num_cut_tokens / total:.0%}) of the {split} documents: what is beyond max_length="
-                f"{self.max_length}. 'packed' and 'windows' lose none."
-            )
-        return store, table
-
-    def _loader(self, split: Split, *, shuffle: bool = False, drop_last: bool = False) -> RowLoader:
+    def _dataset(self, split: Split) -> RowDataset | MixedRowDataset:
         if split not in self._rows:
             self.setup({"train": "fit", "validation": "validate", "test": "test"}[split])
-        store, table = self._rows[split]
-        trainer = self.trainer
-        layout = {"num_replicas": 1, "rank": 0}
-        if trainer is not None:
-            # The data-parallel layout, which is not the world where a strategy splits the model itself.
-            layout.update(getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {})
-        pin = self.pin_memory
-        if pin is None:
-            pin = trainer is not None and trainer.strategy.root_device.type == "cuda"
-        return RowLoader(
-            RowDataset(store, table, self._pad_token_id(), None if split == "train" else store.token_bytes),
-            self.micro_batch_size if split == "train" else self.eval_micro_batch_size,
-            shuffle=shuffle,
-            seed=self.seed,
-            rank=layout["rank"],
-            world_size=layout["num_replicas"],
-            drop_last=drop_last,
-            num_workers=self.num_workers,
-            pin_memory=pin,
+        is_train = split == "train"
+        datasets = {
+            name: RowDataset(
+                rows.store,
+                rows.table,
+                self._pad_token_id(),
+                None if is_train else rows.store.token_bytes,
+                layout=self.batch_settings.layout if is_train else None,
+            )
+            for name, rows in self._rows[split].items()
+        }
+        if len(self.sources) == 1:
+            return next(iter(datasets.values()))
+        return MixedRowDataset(datasets, [self.source_names.index(name) for name in datasets])
+
+    def _make_train_loader(self) -> RowLoader:
+        self._check_trainer()
+        dataset = self._dataset("train")
+        seed = self.seed if self.shuffle else None
+        order: RowOrder = TableOrder(len(dataset), seed)
+        if isinstance(dataset, MixedRowDataset):
+            order = MixedOrder(dataset.sizes, list(self._mixture_weights().values()), self.seed, self.shuffle)
+        rank, num_ranks = self._ranks()
+        accumulate = int(self.trainer.accumulate_grad_batches) if self.trainer is not None else 1
+        plan = self.batch_settings.plan(
+            order,
+            dataset.table.row_lengths,
+            dataset.table.num_label_tokens,
+            group=accumulate * num_ranks,
+            drop_last=self.drop_last,
         )
+        return RowLoader(
+            dataset,
+            plan,
+            rank=rank,
+            num_ranks=num_ranks,
+            trainer=self.trainer,
+            num_workers=self.num_workers,
+            pin_memory=self._pins_memory(),
+            identity=self._identity(),
+        )
+
+    def _make_eval_loader(self, split: Split) -> RowLoader:
+        dataset = self._dataset(split)
+        rank, num_ranks = self._ranks()
+        return RowLoader(
+            dataset,
+            RowPlan(TableOrder(len(dataset)), self.eval_micro_batch_size),
+            rank=rank,
+            num_ranks=num_ranks,
+            num_workers=self.num_workers,
+            pin_memory=self._pins_memory(),
+        )
+
+    def _ranks(self) -> tuple[int, int]:
+        """Rank and number of ranks that split the data: not the world, where a strategy splits the model itself."""
+        strategy = self.trainer.strategy if self.trainer is not None else None
+        layout = getattr(strategy, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
+        return layout["rank"], layout["num_replicas"]
+
+    def _pins_memory(self) -> bool:
+        if self.pin_memory is None:
+            return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return self.pin_memory
+
+    def _check_trainer(self) -> None:
+        """Refuse two that both decide how much an optimizer step holds."""
+        if self.batch_settings.global_batch is None or self.trainer is None:
+            return
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, GradientAccumulationScheduler) or hasattr(callback, "count_optimizer_steps"):
+                raise ValueError(
+                    f"The data module's global batch and {type(callback).__name__} would both decide what an optimizer "
+                    f"step holds. Remove the callback and schedule the global batch, or remove global_batch_size and "
+                    f"global_batch_tokens."
+                )
+
+    def _mixture_weights(self) -> dict[str, float]:
+        sizes = {name: len(rows.table) for name, rows in self._rows["train"].items()}
+        return mixture_weights(sizes, self.weights, self.temperature)
+
+    def _identity(self) -> dict[str, Any]:
+        """What the position in a checkpoint is a position in."""
+        settings: dict[str, Any] = {
+            "max_length": self.max_length,
+            "windowing": self.windowing,
+            "stride": self.stride,
+            "shuffle": self.shuffle,
+            "seed": self.seed,
+            "batches": _kind(self.batch_settings),
+        }
+        if len(self.sources) > 1:
+            settings["weights"] = self._mixture_weights()
+        for name, (store, documents, table) in self._rows["train"].items():
+            prefix = f"{name}: " if len(self.sources) > 1 else ""
+            settings |= {
+                f"{prefix}documents": len(documents),
+                f"{prefix}tokens": len(store.tokens),
+                f"{prefix}content": getattr(store, "digest", ""),
+                f"{prefix}rows": len(table),
+            }
+        return settings
 
     def _pad_token_id(self) -> int:
         for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
@@ -351,21 +481,89 @@ class TextDataModule(L.LightningDataModule):
 
     def _trained_bpe(self) -> Path:
         """Folder of the tokenizer trained on the training documents of ``data``, and on no other."""
-        source = self._source("train")
-        choice = [
-            str(self.vocab_size),
-            str(self.seed),
-            str(self.validation_data),
-            str(self.validation_fraction),
-        ]
+        choice = [str(self.vocab_size), str(self.seed)]
+        for source in self.sources.values():
+            choice += [source.open("train").fingerprint(), str(source.validation_data), str(source.validation_fraction)]
 
         def build(folder: Path) -> None:
-            documents = enumerate(source.documents())
-            texts = (document.text for number, document in documents if not self._held_out(number))
+            texts = (text for source in self.sources.values() for text in source.training_texts())
             train_bpe(texts, self.vocab_size).save_pretrained(str(folder))
 
-        return build_once(self.cache_dir / f"bpe-{fingerprint([source.fingerprint(), *choice])}", build)
+        return build_once(self.cache_dir / f"bpe-{fingerprint(choice)}", build)
 
 
-def _name(data: str | Sequence[str]) -> str:
-    return data if isinstance(data, str) else f"{data[0]} and {len(data) - 1} more"
+def train_title(name: str, source: TextSource) -> str:
+    """What to call a source on the screen."""
+    data = source.data
+    place = data if isinstance(data, str) else f"{data[0]} and {len(data) - 1} more"
+    return place if name == "" else f"{name} ({place})" if name != place else name
+
+
+def _named(data: Any) -> dict[str, Any]:
+    if isinstance(data, Mapping):
+        if not data:
+            raise ValueError("`data` is a mixture without a source. Name one at least: {'code': 'code/', ...}.")
+        return dict(data)
+    return {"": data}
+
+
+def _part(other: Any, name: str, data: Any, argument: str) -> Any:
+    """The entry of ``validation_data`` or ``test_data`` that belongs to a source of ``data``."""
+    if other is None or isinstance(data, Mapping) != isinstance(other, Mapping):
+        if other is not None:
+            raise ValueError(
+                f"`data` and `{argument}` are both a single source or both mappings with the same names, but got "
+                f"{data!r} and {other!r}."
+            )
+        return None
+    if not isinstance(other, Mapping):
+        return other
+    unknown = sorted(set(other) - set(data))
+    if unknown:
+        raise ValueError(f"`{argument}` names {unknown}, but the sources of `data` are {sorted(data)}.")
+    return other.get(name)
+
+
+def _kind(settings: BatchSettings) -> str:
+    """What a position counts: rows of the epoch's order, or micro-batches of pools."""
+    return "pools" if settings.micro_batch_tokens is not None else "rows"
+
+
+def _check_sizes(max_length: int, validation_fraction: float, sizes: dict[str, int | None]) -> None:
+    if max_length < 2:
+        raise ValueError(f"`max_length` must be 2 at least (a token and its prediction), but got {max_length}.")
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"`{name}` must be 1 at least, but got {size}.")
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(f"`validation_fraction` lies in 0..1, 1 excluded, but got {validation_fraction}.")
+
+
+def _check_windowing(name: str, windowing: str, option: str, stride: int | None, max_length: int) -> None:
+    kinds = ("packed", "wrapped", "windows", "documents")
+    if windowing not in kinds:
+        raise ValueError(f"`{name}` must be {', '.join(map(repr, kinds[:-1]))} or 'documents', but got {windowing!r}.")
+    if stride is None:
+        return
+    meant = ("windows", "packed") if option == "stride" else ("windows",)
+    if windowing not in meant:
+        raise ValueError(
+            f"`{option}` has a meaning for {name}={' and '.join(map(repr, meant))} only, but {name} is {windowing!r}."
+        )
+    if option == "eval_context" and not 1 <= stride < max_length:
+        raise ValueError(
+            f"`eval_context` (tokens before each scored one) lies in 1..max_length-1={max_length - 1}, but got "
+            f"{max_length - stride}."
+        )
+    if not 1 <= stride <= max_length:
+        raise ValueError(f"`stride` (new tokens in a window) lies in 1..max_length={max_length}, but got {stride}.")
+
+
+def _check_weights(weights: dict[str, float] | None, sources: Mapping[str, Any]) -> None:
+    if weights is None:
+        return
+    if set(weights) != set(sources) or "" in sources:
+        raise ValueError(
+            f"`weights` names every source of a mixture, but got {sorted(weights)} for the sources "
+            f"{sorted(sources) if '' not in sources else 'of a single `data`'}."
+        )

@@ -1,4 +1,4 @@
-"""Lengths of time in a training run, with their unit: "500 steps", "2M tokens", "1 epoch", "5%" of the run."""
+"""Lengths of time in a training run, with their unit: "500 steps", "2M tokens", "10k samples", "1 epoch", "5%"."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-Unit = Literal["steps", "tokens", "epochs", "run"]
+Unit = Literal["steps", "tokens", "samples", "epochs", "run"]
 
 _UNITS: dict[str, Unit] = {
     "step": "steps",
     "steps": "steps",
     "token": "tokens",
     "tokens": "tokens",
+    "sample": "samples",
+    "samples": "samples",
     "epoch": "epochs",
     "epochs": "epochs",
     "run": "run",
@@ -23,11 +25,12 @@ _PATTERN = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([kmbgt]?)(?:\
 
 @dataclass(frozen=True)
 class Duration:
-    """A length of time in a run: a number of optimizer steps, of label tokens, of epochs, or a share of the run.
+    """A length of time in a run: a number of optimizer steps, label tokens, samples or epochs, or a share of it.
 
     Args:
         value: How many units; for the unit ``run`` a share between 0 and 1.
-        unit: ``steps`` (optimizer steps), ``tokens`` (label tokens over all ranks), ``epochs``, or ``run``.
+        unit: ``steps`` (optimizer steps), ``tokens`` (label tokens over all ranks), ``samples`` (rows over all ranks),
+            ``epochs``, or ``run``.
 
     Example:
         >>> Duration.parse("2M tokens")
@@ -53,7 +56,8 @@ class Duration:
         """Read a duration: an int counts optimizer steps, a float below 1 is a share of the run.
 
         Args:
-            value: ``"500 steps"``, ``"2M tokens"`` (k, M, B or G, T), ``"1 epoch"``, ``"5%"``, ``500``, ``0.05``.
+            value: ``"500 steps"``, ``"2M tokens"`` (k, M, B or G, T), ``"10k samples"``, ``"1 epoch"``, ``"5%"``, ``500``,
+                ``0.05``.
 
         Raises:
             ValueError: If the text has another form or names an unknown unit.

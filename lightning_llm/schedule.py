@@ -22,20 +22,24 @@ class Progress:
         tokens: Label tokens trained on, over all ranks.
         epochs: Epochs done, the share of the current one included.
         run: Share of the whole run, 0 to 1; None if the run has no known end.
+        samples: Rows trained on, over all ranks; None where nobody counts them.
     """
 
     steps: float = 0.0
     tokens: float = 0.0
     epochs: float = 0.0
     run: float | None = None
+    samples: float | None = None
 
     def of(self, unit: Unit) -> float:
         """The progress in one unit.
 
         Raises:
-            ValueError: For the share of a run without a known end.
+            ValueError: For the share of a run without a known end, and for samples where nobody counts them.
         """
         value = getattr(self, unit)
+        if value is None and unit == "samples":
+            raise ValueError("Nobody counts samples here. Use milestones in steps, tokens or epochs.")
         if value is None:
             raise ValueError(
                 "A share of the run ('50%') needs a run with an end: set Trainer(max_steps= or max_epochs=)."

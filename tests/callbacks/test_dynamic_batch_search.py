@@ -15,7 +15,9 @@ from torchmetrics import MeanMetric
 from lightning_llm import LLMModule
 from lightning_llm.callbacks import DynamicBatchScaler, TokenWeightedAccumulation
 from lightning_llm.callbacks.pieces import search
+from lightning_llm.datamodules.batch_plan import RowPlan
 from lightning_llm.datamodules.loader import RowLoader
+from lightning_llm.datamodules.order import TableOrder
 
 
 class Stateful(Scarce):
@@ -196,7 +198,7 @@ def test_flattened_rows_and_optimizers_with_a_closure_are_searched(quiet_trainer
 
 def test_our_loader_tells_its_longest_rows():
     dataset = dataset_of([3, 12, 5, 9, 1, 7], max_length=16, windowing="documents")
-    loader = RowLoader(dataset, micro_batch_size=2)
+    loader = RowLoader(dataset, RowPlan(TableOrder(len(dataset)), 2))
     assert sorted(loader.longest_batch()["num_input_tokens"].tolist()) == [9, 12]
     assert loader.position == 0
     assert dataset.table.row_lengths.tolist() == [3, 12, 5, 9, 1, 7]
@@ -223,7 +225,7 @@ def test_the_search_works_with_our_module_and_loader(tiny_gpt2, quiet_trainer):
     module = LLMModule(tiny_gpt2, lr_schedule="constant", warmup=0)
     scaler = DynamicBatchScaler(find="start")
     trainer = quiet_trainer(max_epochs=1, callbacks=[TokenWeightedAccumulation(), scaler])
-    trainer.fit(module, RowLoader(dataset, micro_batch_size=4, shuffle=True))
+    trainer.fit(module, RowLoader(dataset, RowPlan(TableOrder(len(dataset), 0), 4)))
     assert trainer.global_step == -(-len(dataset) // 4)
     assert module.tokens_seen == dataset.table.num_label_tokens
 

@@ -50,8 +50,7 @@ def test_train_and_validation_hold_every_token_once_and_share_no_document(make, 
         assert len(loader) > 0
         targets += sum(int((shift_labels(batch["labels"]) != -100).sum()) for batch in loader)
     assert targets == sum(len(text.encode()) for text in texts)  # end-of-text is predicted, the first byte is not
-    store, _ = module._rows["train"]
-    train, held_out = (set(module._documents(split, store).tolist()) for split in ("train", "validation"))
+    train, held_out = (set(module._rows[split][""].documents.tolist()) for split in ("train", "validation"))
     assert not train & held_out
     assert train | held_out == set(range(len(texts)))
 
@@ -69,8 +68,7 @@ def test_batches_train_a_model_and_validate_bits_per_byte(make, tiny_llama, quie
 def test_bits_per_byte_counts_the_bytes_of_the_targets(make):
     module = make(validation_fraction=0.2)
     module.setup("validate")
-    store, _ = module._rows["validation"]
-    documents = module._documents("validation", store)
+    store, documents, _ = module._rows["validation"][""]
     counted = sum(float(batch["num_bytes"].sum()) for batch in module.val_dataloader())
     assert counted == store.num_bytes[documents].sum() - len(documents)  # each first byte is no target
     assert "num_bytes" not in next(iter(make().train_dataloader()))
@@ -105,7 +103,7 @@ def test_trained_bpe_is_kept_and_sees_no_validation_document(make, tmp_path):
             file.write(json.dumps({"text": f"plain words {index} " * 30}) + "\n")
     probe = make(data=str(data), validation_fraction=0.2)
     probe.setup("fit")
-    held_out = set(probe._documents("validation", probe._rows["validation"][0]).tolist())
+    held_out = set(probe._rows["validation"][""].documents.tolist())
     with data.open("w") as file:
         for index in range(40):
             text = secret if index in held_out else f"plain words {index} " * 30
@@ -125,10 +123,10 @@ def test_own_validation_and_test_data(make, tmp_path):
     module = make(validation_data=other, test_data=other)
     module.setup("fit")
     module.setup("test")
-    assert module._rows["validation"][0].num_documents == 2
-    assert module._rows["train"][0].num_documents == 40
-    assert len(module._documents("train", module._rows["train"][0])) == 40
-    assert module._rows["test"][0].num_documents == 2
+    assert module.store("validation").num_documents == 2
+    assert module.store("train").num_documents == 40
+    assert len(module._rows["train"][""].documents) == 40
+    assert module.store("test").num_documents == 2
 
 
 def test_no_validation_if_none_is_wanted(make, tiny_llama, quiet_trainer):
@@ -188,9 +186,9 @@ def test_no_validation_document_is_explained(make, tmp_path):
         ({"validation_fraction": 1.0}, "`validation_fraction` lies in 0..1"),
         (
             {"windowing": "sliding"},
-            "`windowing` must be 'packed', 'windows' or 'documents', but got 'sliding'",
+            "`windowing` must be 'packed', 'wrapped', 'windows' or 'documents', but got 'sliding'",
         ),
-        ({"stride": 8}, "`stride` has a meaning for windowing='windows' only"),
+        ({"windowing": "documents", "stride": 8}, "`stride` has a meaning for windowing='windows' and 'packed' only"),
         ({"windowing": "windows", "stride": 65}, "lies in 1..max_length=64, but got 65"),
     ],
 )
@@ -215,12 +213,12 @@ def test_summary_and_yardstick(make):
     assert "rows of 64 (packed, " in module.summary()
     import zlib
 
-    store, _ = module._rows["validation"]
+    store, documents, _ = module._rows["validation"][""]
     text = b"".join(
         module.tokenizer.decode(
             store.tokens[store.offsets[d] : store.offsets[d + 1]].tolist(), skip_special_tokens=True
         ).encode()
-        for d in module._documents("validation", store)
+        for d in documents
     )
     assert module.zlib_bits_per_byte() == pytest.approx(8 * len(zlib.compress(text, 9)) / len(text), rel=0.01)
 

@@ -55,7 +55,7 @@ def main(folder: Path, data: str, cache: str) -> None:
         **options,
     )
     trainer.fit(module, datamodule)
-    store, table = datamodule._rows["validation"]
+    store, table = datamodule.store("validation"), datamodule.table("validation")
     module.val_metrics.reset()
     from lightning_llm.datamodules.rows import RowDataset
 
@@ -63,7 +63,7 @@ def main(folder: Path, data: str, cache: str) -> None:
     single = module.task.loss(module.model, whole).mean.item()
     result = {
         "train": rows.rows,
-        "num_rows": len(datamodule._rows["train"][1]),
+        "num_rows": len(datamodule.table("train")),
         "val/loss": trainer.callback_metrics["val/loss"].item(),
         "single": single,
     }

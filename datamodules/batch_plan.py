@@ -1,0 +1,150 @@
+"""Which rows each micro-batch of an epoch holds, as a pure function of where the run stands.
+
+A plan says what the next micro-batches are, given a :class:`Cursor`, which is what was trained so far over all ranks,
+and a :class:`Layout`, which is how an optimizer step is spread. The rows of an optimizer step follow from the cursor
+alone; the layout only shares them out. So a run goes on with the same steps on another number of ranks, workers or
+micro-batches, and nothing has to be skipped or remembered to get there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from lightning_llm.datamodules.order import RowOrder
+from lightning_llm.datamodules.windows import Int64Array
+
+
+class Layout(NamedTuple):
+    """How an optimizer step is spread.
+
+    Attributes:
+        rank: This rank among the data-parallel ranks.
+        num_ranks: How many there are.
+        micro_batches: Loader batches of one rank in an optimizer step, ``Trainer(accumulate_grad_batches=)``.
+    """
+
+    rank: int = 0
+    num_ranks: int = 1
+    micro_batches: int = 1
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where a run stands: what was trained on, over all ranks, and the same on all of them.
+
+    Attributes:
+        epoch: The current epoch.
+        rows: Rows of this epoch.
+        steps: Optimizer steps of this epoch, where the plan knows them (a global batch).
+        batches: Micro-batches of this epoch, where the plan fixes them (a budget).
+        earlier_rows: Rows of earlier epochs.
+        earlier_steps: Optimizer steps of earlier epochs.
+        global_batch: Rows of an optimizer step that :meth:`set_global_batch` asked for; None: as planned.
+        pool: The current pool of a budget plan.
+        cuts: How that pool was cut so far: ``(budget, group, micro-batches taken)`` each.
+    """
+
+    epoch: int = 0
+    rows: int = 0
+    steps: int = 0
+    batches: int = 0
+    earlier_rows: int = 0
+    earlier_steps: int = 0
+    global_batch: int | None = None
+    pool: int = 0
+    cuts: tuple[tuple[int, int, int], ...] = ()
+
+    def next_epoch(self, epoch: int) -> Cursor:
+        """The start of an epoch after this point."""
+        return Cursor(
+            epoch=epoch,
+            earlier_rows=self.earlier_rows + self.rows,
+            earlier_steps=self.earlier_steps + self.steps,
+            global_batch=self.global_batch,
+        )
+
+    def to_state(self) -> dict[str, Any]:
+        """Numbers and lists, for a checkpoint."""
+        return {**asdict(self), "cuts": [list(cut) for cut in self.cuts]}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Cursor:
+        """What :meth:`to_state` gave."""
+        cuts = tuple((int(budget), int(group), int(taken)) for budget, group, taken in state["cuts"])
+        return cls(**{**state, "cuts": cuts})
+
+
+class Planned(NamedTuple):
+    """A micro-batch of one rank, and where the run stands once it is trained.
+
+    Attributes:
+        rows: (num_rows,) int64; empty where rows run out and other ranks have some left.
+        after: The cursor behind it, and behind the micro-batches that other ranks train at the same time.
+    """
+
+    rows: Int64Array
+    after: Cursor
+
+
+class BatchPlan(Protocol):
+    """What a loader asks a plan for."""
+
+    def batches(self, cursor: Cursor, layout: Layout) -> Iterator[Planned]:
+        """This rank's micro-batches from the cursor to the epoch's end."""
+
+    def num_batches(self, cursor: Cursor, layout: Layout) -> int:
+        """How many those are; the same on every rank."""
+
+    def batches_before(self, cursor: Cursor, layout: Layout) -> int:
+        """How many of this epoch came before the cursor, had the layout always been this one."""
+
+    def end_of_epoch(self, cursor: Cursor) -> Cursor:
+        """Where the run stands once all that is left of the epoch is trained, at the start of the next one."""
+
+
+class RowPlan:
+    """Micro-batches of a fixed number of rows.
+
+    Micro-batch m over all ranks holds the epoch's positions m * B * W to (m + 1) * B * W, for B rows on each of W
+    ranks. How many micro-batches an optimizer step has is for the Trainer to say, and may change.
+
+    Args:
+        order: Which rows stand where in an epoch.
+        micro_batch_size: Rows of a rank in a micro-batch.
+        drop_last: Leave out the last micro-batch if it is short.
+    """
+
+    def __init__(self, order: RowOrder, micro_batch_size: int, drop_last: bool = False) -> None:
+        self.order = order
+        self.micro_batch_size = micro_batch_size
+        self.drop_last = drop_last
+
+    def batches(self, cursor: Cursor, layout: Layout) -> Iterator[Planned]:
+        """Consecutive positions, shared out evenly."""
+        size = self.micro_batch_size * layout.num_ranks
+        while self.num_batches(cursor, layout):
+            positions = np.arange(cursor.rows, min(cursor.rows + size, self.order.num_rows))
+            share = np.array_split(positions, layout.num_ranks)[layout.rank]
+            cursor = replace(cursor, rows=cursor.rows + len(positions))
+            yield Planned(self.order.rows(share, cursor.epoch), cursor)
+
+    def num_batches(self, cursor: Cursor, layout: Layout) -> int:
+        """Rows left, in micro-batches."""
+        return in_parts(self.order.num_rows - cursor.rows, self.micro_batch_size * layout.num_ranks, self.drop_last)
+
+    def batches_before(self, cursor: Cursor, layout: Layout) -> int:
+        """Rows taken, in micro-batches."""
+        return in_parts(cursor.rows, self.micro_batch_size * layout.num_ranks)
+
+    def end_of_epoch(self, cursor: Cursor) -> Cursor:
+        """All rows taken."""
+        return replace(cursor, rows=self.order.num_rows).next_epoch(cursor.epoch + 1)
+
+
+def in_parts(amount: int, size: int, drop_last: bool = False) -> int:
+    """Into how many parts of a size an amount is cut, the short last one included unless it is dropped."""
+    return max(amount, 0) // size if drop_last else -(-max(amount, 0) // size)

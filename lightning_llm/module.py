@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from lightning_llm.compatibility import check_isolation, check_length, check_vocabulary
+from lightning_llm.compatibility import check_length, check_vocabulary
 from lightning_llm.duration import Duration
+from lightning_llm.isolation import PackingLeakError, check_mask, verify_packing
 from lightning_llm.loss import NonFiniteLossError, TokenLoss
 from lightning_llm.optimizers import make_adamw, make_schedule
 from lightning_llm.pretrained import build_model, is_complete, resolve_config, resolve_dtype
@@ -20,6 +22,7 @@ from lightning_llm.run_length import total_optimizer_steps
 from lightning_llm.sharding import build_sharded
 from lightning_llm.step_window import MicroBatch, StepWindow
 from lightning_llm.tasks import TASKS
+from lightning_llm.unpacking import unpack_documents
 
 
 class LLMModule(L.LightningModule):
@@ -29,7 +32,10 @@ class LLMModule(L.LightningModule):
     ``labels``; each (batch, seq)) and returns ``{"loss": mean over label tokens, "num_tokens": how many}``.
 
     Logged: ``train/loss`` (token mean over the whole optimizer step and all ranks), ``val/loss``,
-    ``val/perplexity``, ``val/bits_per_byte`` (where batches carry ``num_bytes``), the same under ``test/``.
+    ``val/perplexity``, ``val/bits_per_byte`` (where batches carry ``num_bytes``), ``val/bits_per_word`` and
+    ``val/word_perplexity`` (``num_words``), the same under ``test/``. If the data module has several
+    ``source_names`` and its batches ``source_ids``, one per row, the same is logged for each source, as
+    ``val/loss/<source>`` and so on.
 
     Args:
         model: A hub id or local folder (pretrained weights), a mapping with ``model_type`` and the fields of a
@@ -47,6 +53,8 @@ class LLMModule(L.LightningModule):
         attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, ...; transformers' choice if None.
         dtype: Type of the parameters; if None, what the Trainer's ``precision`` asks for (float32 for mixed).
         trust_remote_code: Run model code that comes with the hub repository or folder. Off unless asked for.
+        leaking_packs: What to do if the model lets packed documents see each other, which is found out before the first
+            packed batch: ``refuse`` it, or ``unpack`` each batch into one document a row, which costs padding.
 
     Raises:
         ValueError: For an unknown task, schedule, duration or configuration field.
@@ -76,6 +84,7 @@ class LLMModule(L.LightningModule):
         attn_implementation: str | None = None,
         dtype: str | None = None,
         trust_remote_code: bool = False,
+        leaking_packs: Literal["refuse", "unpack"] = "refuse",
     ) -> None:
         super().__init__()
         if model is None:
@@ -85,6 +94,8 @@ class LLMModule(L.LightningModule):
             )
         if task not in TASKS:
             raise ValueError(f"`task` must be one of {', '.join(TASKS)}, but got {task!r}.")
+        if leaking_packs not in ("refuse", "unpack"):
+            raise ValueError(f"`leaking_packs` must be 'refuse' or 'unpack', but got {leaking_packs!r}.")
         self.save_hyperparameters(ignore=["model"])
         self.task = TASKS[task]()
         self.source = model
@@ -101,12 +112,16 @@ class LLMModule(L.LightningModule):
         self.attn_implementation = attn_implementation
         self.dtype_name = dtype
         self.trust_remote_code = trust_remote_code
+        self.leaking_packs = leaking_packs
         self.val_metrics = self.task.metrics()
         self.test_metrics = self.task.metrics()
+        self._sources: tuple[str, ...] = ()
         self.tokens_seen = 0
         self._micro_batch: MicroBatch | None = None
         self._window = StepWindow()
         self._isolation_checked = False
+        self._masks_checked = False
+        self._unpacks = False
         self._prepared = False
 
     # ---- the model -----------------------------------------------------------------------------------------------
@@ -120,6 +135,11 @@ class LLMModule(L.LightningModule):
             if isinstance(self.source, (dict, PretrainedConfig)) and not is_complete(self.source):
                 for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # random weights know no special tokens
                     setattr(self.config, name, getattr(tokenizer, name, None))
+        sources = tuple(getattr(datamodule, "source_names", None) or ())
+        sources = sources if len(sources) > 1 else ()  # a single one is the whole
+        if sources != self._sources:  # the metrics' sums have a place for each, on every rank
+            self._sources = sources
+            self.val_metrics, self.test_metrics = (self.task.metrics(sources) for _ in range(2))
         length = getattr(datamodule, "max_length", None)
         if length is not None:
             check_length(self.config, length, "the data module's `max_length`")
@@ -191,20 +211,20 @@ class LLMModule(L.LightningModule):
         return tokens
 
     def on_fit_start(self) -> None:
-        """Refuse a model that lets packed documents see each other."""
-        self._check_isolation()
+        """Before packed rows come, find out whether the model lets their documents see each other."""
+        self._check_datamodule()
 
     def on_validation_start(self) -> None:
         """As at the start of ``fit``, where validation runs by itself."""
-        self._check_isolation()
+        self._check_datamodule()
 
     def on_test_start(self) -> None:
         """As at the start of ``fit``."""
-        self._check_isolation()
+        self._check_datamodule()
 
     def on_predict_start(self) -> None:
         """As at the start of ``fit``."""
-        self._check_isolation()
+        self._check_datamodule()
 
     # ---- training ------------------------------------------------------------------------------------------------
 
@@ -273,23 +293,23 @@ class LLMModule(L.LightningModule):
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Add the batch to the validation metrics."""
-        self.val_metrics.update(self._loss(batch), num_bytes=batch.get("num_bytes"))
+        self._evaluate(batch, self.val_metrics)
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Add the batch to the test metrics."""
-        self.test_metrics.update(self._loss(batch), num_bytes=batch.get("num_bytes"))
+        self._evaluate(batch, self.test_metrics)
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``val/loss``, ``val/perplexity``, ``val/bits_per_byte``."""
+        """Log ``val/loss``, ``val/perplexity``, ...; of a mixture also ``val/loss/<source>``, ..."""
         self._log_metrics("val", self.val_metrics)
 
     def on_test_epoch_end(self) -> None:
-        """Log ``test/loss``, ``test/perplexity``, ``test/bits_per_byte``."""
+        """Log ``test/loss``, ``test/perplexity``, ...; of a mixture also ``test/loss/<source>``, ..."""
         self._log_metrics("test", self.test_metrics)
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Score each row: ``nll`` in nats and ``num_tokens``, each (batch,), with the batch's ``row_ids``."""
-        scores = self.task.score(self._built(), batch)
+        scores = self.task.score(self._built(), self._isolated(batch))
         if "row_ids" in batch:
             scores["row_ids"] = batch["row_ids"]
         return scores
@@ -312,19 +332,59 @@ class LLMModule(L.LightningModule):
             raise RuntimeError("The model is not built yet: the Trainer builds it, or call `configure_model()` first.")
         return self.model
 
-    def _loss(self, batch: Mapping[str, Any]) -> TokenLoss:
+    def _loss(self, batch: Mapping[str, Any], by_row: bool = False) -> TokenLoss:
         input_ids = batch.get("input_ids")
         if isinstance(input_ids, Tensor):
-            check_length(self.config, input_ids.shape[-1], "a batch")
+            # Without padding, a row is a whole batch, and its longest document is what needs positions.
+            check_length(self.config, int(batch.get("max_length_q", input_ids.shape[-1])), "a batch")
+        batch = self._isolated(batch)
+        if by_row:
+            scores = self.task.score(self._built(), batch)
+            return TokenLoss(scores["nll"], scores["num_tokens"])
         return self.task.loss(self._built(), batch)
 
-    def _check_isolation(self) -> None:
-        """Once, where rows are packed: every rank takes part, as a sharded forward needs them all."""
-        packed = getattr(getattr(self.trainer, "datamodule", None), "windowing", None) == "packed"
-        if packed and not self._isolation_checked:
+    def _evaluate(self, batch: Mapping[str, Any], metrics: Any) -> None:
+        known = {name: batch[name] for name in ("num_bytes", "num_words") if name in batch}
+        has_sources = bool(getattr(metrics, "source_names", None)) and "source_ids" in batch
+        if has_sources:
+            known["source_ids"] = batch["source_ids"]
+        metrics.update(self._loss(batch, by_row=has_sources), **known)
+
+    def _check_datamodule(self) -> None:
+        """Check isolation early if the data module packs; on every rank, as a sharded forward needs them all."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        by_name = getattr(datamodule, "windowing", None) in ("packed", "wrapped")
+        if getattr(datamodule, "packs_documents", by_name):
             with self.trainer.precision_plugin.forward_context():
-                check_isolation(self.task, self._built(), self.device)
+                self._check_isolation()
+
+    def _check_isolation(self) -> None:
+        if not self._isolation_checked:
+            self._refuse_or_unpack(lambda: verify_packing(self._built(), self.task.outputs, device=self.device))
             self._isolation_checked = True
+
+    def _isolated(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The batch as the model may see it; the first packed batch, of whatever loader, has the model checked."""
+        if batch.get("position_ids") is None:
+            return batch
+        if batch.get("attention_mask") is None:
+            self._check_isolation()
+        elif not self._masks_checked:  # only once, as it makes the host wait for the device
+            self._refuse_or_unpack(lambda: check_mask(batch))
+            self._masks_checked = True
+        return unpack_documents(batch) if self._unpacks else batch
+
+    def _refuse_or_unpack(self, check: Callable[[], object]) -> None:
+        try:
+            check()
+        except PackingLeakError as leak:
+            if self.leaking_packs == "refuse":
+                raise
+            self._unpacks = True
+            rank_zero_warn(
+                f"leaking_packs='unpack': each document becomes a row of its own, padded to the longest of its batch. "
+                f"Losses are those of separate documents; memory and time grow with the padding. The reason: {leak}"
+            )
 
     def _prepare_layers(self, model: nn.Module) -> None:
         if self.gradient_checkpointing:

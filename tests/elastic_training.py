@@ -89,7 +89,9 @@ def data_module(folder, **options):
     return TextDataModule(str(data), cache_dir=str(Path(folder) / "cache"), **{**defaults, **options})
 
 
-def run(folder, name, *, data=None, resume=None, accumulate=1, steps=NUM_STEPS, record=None, trainer=None, callbacks=()):
+def run(
+    folder, name, *, data=None, resume=None, accumulate=1, steps=NUM_STEPS, record=None, trainer=None, callbacks=()
+):
     """Train; the record and the weights."""
     record = Record(folder, name, **(record or {}))
     settings = {"max_steps": steps, "max_epochs": -1, "val_check_interval": 0.5, "num_sanity_val_steps": 0}

@@ -83,13 +83,13 @@ def test_workers_change_nothing(whole, name, workers):
     assert later == {s: value for s, value in steps.items() if s > 10}
 
 
-@pytest.mark.parametrize(("name", "accumulate"), [("global", 1), ("global", 4), ("ramp", 1), ("ramp", 4), ("tokens", 4)])
+@pytest.mark.parametrize(
+    ("name", "accumulate"), [("global", 1), ("global", 4), ("ramp", 1), ("ramp", 4), ("tokens", 4)]
+)
 def test_another_number_of_micro_batches_goes_on_with_the_same_steps(whole, name, accumulate):
     folder, steps, _ = whole(name)
     for step in (5, 9):
-        rest, _ = run(
-            folder, "cut", data=SETTINGS[name][0], accumulate=accumulate, resume=folder / f"step{step}.ckpt"
-        )
+        rest, _ = run(folder, "cut", data=SETTINGS[name][0], accumulate=accumulate, resume=folder / f"step{step}.ckpt")
         assert rest == {s: value for s, value in steps.items() if s > step}
 
 
@@ -175,7 +175,8 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
     code = (
         "import sys; sys.path.insert(0, sys.argv[2])\n"
         "from elastic_training import run\n"
-        "run(sys.argv[1], 'killed', accumulate=2, record={'save_steps': [5, 10], 'kill_at': 13}, data={'num_workers': 2})"
+        "record = {'save_steps': [5, 10], 'kill_at': 13}\n"
+        "run(sys.argv[1], 'killed', accumulate=2, record=record, data={'num_workers': 2})"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path), str(ROOT / "tests")], capture_output=True, timeout=120, check=False

@@ -232,3 +232,210 @@ def test_two_ranks_see_each_row_once_in_a_real_fit(run_ranks, tmp_path):
     assert first["train"]["0"] != first["train"]["1"]
     assert first["val/loss"] == second["val/loss"]
     assert first["val/loss"] == pytest.approx(first["single"], rel=1e-12)
+
+
+# ---- batches by tokens, global batches ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batching": "tokens"}, "`batching` must be 'rows', 'padded' or 'padding_free', but got 'tokens'"),
+        ({"batching": "padding_free"}, "needs `micro_batch_tokens` .* or `global_batch_tokens`"),
+        ({"micro_batch_tokens": 64}, "micro_batch_tokens=64 needs batching='padded' or 'padding_free'"),
+        ({"batching": "padded", "micro_batch_tokens": 64}, "batching='padded' is for rows of unequal length"),
+        ({"global_batch_size": 4, "global_batch_tokens": 99}, "in rows or in tokens, but got global_batch_size=4"),
+        (
+            {"global_batch_size": 4, "batching": "padding_free", "micro_batch_tokens": 64},
+            "A global batch is cut into as many micro-batches .*: leave `micro_batch_tokens` out",
+        ),
+        ({"eval_context": 8}, "`eval_context` has a meaning for eval_windowing='windows' only, but .* is 'packed'"),
+        ({"eval_windowing": "windows", "eval_context": 64}, "lies in 1..max_length-1=63, but got 64"),
+        ({"weights": {"a": 1.0}}, "`weights` names every source of a mixture, but got .* of a single `data`"),
+        ({"data": {}}, "`data` is a mixture without a source"),
+    ],
+)
+def test_batches_that_contradict_themselves_are_refused(make, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+
+
+def test_a_row_above_the_budget_and_a_share_of_the_run_are_refused_when_the_loader_is_made(make):
+    small = make(batching="padding_free", micro_batch_tokens=63)
+    with pytest.raises(ValueError, match="holds 63 tokens at most .*one row alone has 64"):
+        small.train_dataloader()
+    share = make(global_batch_size={"0 steps": 2, "50%": 4})
+    with pytest.raises(ValueError, match="share of the run"):
+        share.train_dataloader()
+
+
+def test_a_global_batch_beside_an_accumulation_schedule_is_refused(make, tiny_llama, quiet_trainer):
+    from lightning_llm import LLMModule
+    from lightning_llm.callbacks import AccumulationSchedule
+
+    trainer = quiet_trainer(max_steps=1, callbacks=[AccumulationSchedule(2)])
+    with pytest.raises(ValueError, match="global batch and AccumulationSchedule would both decide"):
+        trainer.fit(LLMModule(tiny_llama), make(global_batch_size=4))
+
+
+def test_padding_free_batches_train_to_the_same_weights_as_padded_ones(make, tiny_gpt2, quiet_trainer):
+    """The same global batch in three layouts: only rounding differs."""
+    from lightning_llm import LLMModule
+    from lightning_llm.callbacks import TokenWeightedAccumulation
+
+    weights = {}
+    for batching in ("rows", "padded", "padding_free"):
+        data = make(windowing="windows", batching=batching, global_batch_size=8, validation_fraction=0.0)
+        torch.manual_seed(0)
+        trainer = quiet_trainer(
+            max_steps=5, accumulate_grad_batches=3, precision="64-true", callbacks=[TokenWeightedAccumulation()]
+        )
+        module = LLMModule({**tiny_gpt2, "vocab_size": 258}, learning_rate=1e-2, warmup=0, eps=1e-4)
+        trainer.fit(module, data)
+        weights[batching] = torch.cat([p.detach().flatten() for p in module.parameters()])
+    for batching in ("padded", "padding_free"):
+        assert (weights[batching] - weights["rows"]).norm() <= 1e-12 * weights["rows"].norm()
+
+
+def test_the_learning_rate_ends_with_the_run_under_a_growing_global_batch(make, tiny_llama, quiet_trainer):
+    from lightning_llm import LLMModule
+
+    data = make(global_batch_size={"0 samples": 4, "60 samples": 16}, validation_fraction=0.0, max_length=32)
+    module = LLMModule(tiny_llama, lr_schedule="linear", warmup=0)
+    trainer = quiet_trainer(max_epochs=2)
+    trainer.fit(module, data)
+    num_rows = len(data.table())
+    assert trainer.global_step == 15 + -(-(num_rows - 60) // 16) + -(-num_rows // 16)
+    assert module.lr_schedulers().get_last_lr()[0] == 0.0
+
+
+# ---- mixtures ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixture(tmp_path):
+    return {
+        "large": write_documents(tmp_path / "large.jsonl", [40] * 60),
+        "small": write_documents(tmp_path / "small.jsonl", [40] * 12, seed=1),
+    }
+
+
+def sources_of(loader):
+    return np.concatenate([batch["source_ids"].numpy() for batch in loader])
+
+
+@pytest.mark.parametrize(
+    ("options", "share"),
+    [({}, 12 / 72), ({"temperature": 1e9}, 0.5), ({"weights": {"large": 3.0, "small": 1.0}}, 0.25)],
+)
+def test_a_mixture_has_the_shares_that_were_asked_for(make, mixture, options, share):
+    module = make(data=mixture, validation_fraction=0.0, windowing="documents", max_length=512, **options)
+    module.setup("fit")
+    assert module.source_names == ["large", "small"]
+    found = sources_of(module.train_dataloader())
+    assert len(found) == 72  # as many rows as all sources have
+    assert found.mean() == pytest.approx(share, abs=0.1)
+    assert f"{share:.1%} small" in module.summary()
+
+
+def test_a_mixture_goes_through_each_source_before_it_repeats_a_row(make, mixture):
+    weights = {"large": 1.0, "small": 1.0}
+    module = make(data=mixture, weights=weights, validation_fraction=0.0, windowing="documents", max_length=512)
+    loader = module.train_dataloader()
+    rows = []
+    for epoch in range(3):
+        loader.set_epoch(epoch)
+        rows += [row for batch in loader for row in batch["row_ids"].tolist()]
+    for begin, end in ((0, 60), (60, 72)):
+        mine = [row for row in rows if begin <= row < end]
+        for start in range(0, len(mine) - (end - begin) + 1, end - begin):
+            assert sorted(mine[start : start + end - begin]) == list(range(begin, end))
+
+
+def test_batches_of_a_mixture_are_those_of_their_sources(make, mixture):
+    module = make(data=mixture, validation_fraction=0.2)
+    module.setup("fit")
+    for split, loader in (("train", module.train_dataloader()), ("validation", module.val_dataloader())):
+        for batch in loader:
+            for index, row in enumerate(batch["row_ids"].tolist()):
+                if row < 0:
+                    continue
+                length = int(batch["num_input_tokens"][index])
+                text = module.tokenizer.decode(batch["input_ids"][index, :length].tolist())
+                assert module.row_text(row, split) == text
+                name = module.source_names[int(batch["source_ids"][index])]
+                first = 0 if name == "large" else len(module.table(split, "large"))
+                assert first <= row < first + len(module.table(split, name))
+    total = sum(int(batch["num_bytes"].sum()) for batch in module.val_dataloader())
+    documents = [module._rows["validation"][name] for name in module.source_names]
+    assert total == sum(int(rows.store.num_bytes[rows.documents].sum()) - len(rows.documents) for rows in documents)
+
+
+def test_a_mixture_is_resumed_exactly_and_refused_with_other_weights(make, mixture):
+    weights = {"large": 1.0, "small": 1.0}
+    whole, stopped, rest = (
+        make(data=mixture, weights=weights, validation_fraction=0.0).train_dataloader() for _ in range(3)
+    )
+    expected = [batch["row_ids"].tolist() for batch in whole]
+    iterator = iter(stopped)
+    seen = [next(iterator)["row_ids"].tolist() for _ in range(4)]
+    rest.load_state_dict(stopped.state_dict())
+    assert seen + [batch["row_ids"].tolist() for batch in rest] == expected
+    other = make(data=mixture, weights={"large": 2.0, "small": 1.0}, validation_fraction=0.0).train_dataloader()
+    with pytest.raises(ValueError, match="weights was .* and is .*"):
+        other.load_state_dict(stopped.state_dict())
+
+
+def test_parts_of_a_mixture_are_named_alike(make, mixture):
+    with pytest.raises(ValueError, match=r"`validation_data` names \['other'\], but the sources of `data` are"):
+        make(data=mixture, validation_data={"other": mixture["small"]})
+    with pytest.raises(ValueError, match="both a single source or both mappings"):
+        make(data=mixture, validation_data=mixture["small"])
+    with pytest.raises(ValueError, match="has no pools to cut by `micro_batch_tokens`"):
+        make(data=mixture, batching="padding_free", micro_batch_tokens=64, validation_fraction=0.0).train_dataloader()
+
+
+# ---- evaluation, summary, damage ---------------------------------------------------------------------------------
+
+
+def test_evaluation_has_windows_of_its_own(make):
+    module = make(eval_windowing="windows", eval_context=48, validation_fraction=0.2)
+    module.setup("fit")
+    assert module.table("train").windowing == "packed"
+    table = module.table("validation")
+    assert table.windowing == "windows"
+    later = table.num_context > 0
+    assert later.any()
+    assert (table.num_context[later] >= 48).all()
+    assert module.packs_documents
+    assert not make(windowing="windows").packs_documents
+
+
+def test_summary_says_what_truncating_would_lose(make):
+    module = make(max_length=64, validation_fraction=0.0)
+    module.setup("fit")
+    lengths = module.store().lengths
+    lost = int((lengths - np.minimum(lengths, 64)).sum())
+    assert f"truncating would lose {lost:,} tokens ({lost / lengths.sum():.0%}), none is lost here" in module.summary()
+    assert f"{(lengths > 64).sum()} documents ({(lengths > 64).mean():.0%}) exceed 64 tokens" in module.summary()
+
+
+def test_plot_lengths_draws_documents_and_where_their_tokens_stand(make, mixture, tmp_path):
+    figure = make(data=mixture, validation_fraction=0.0).plot_lengths()
+    _, right = figure.axes
+    assert right.get_ylabel() == "share of all tokens"
+    kept = next(line for line in right.lines if line.get_label().endswith("kept if cut at this length"))
+    assert kept.get_ydata()[-1] == pytest.approx(1.0)
+    assert (np.diff(kept.get_ydata()) >= 0).all()
+    figure.savefig(tmp_path / "lengths.png")
+
+
+def test_tokens_that_are_cut_short_in_mid_run_are_an_error_and_no_crash(make, tmp_path):
+    module = make()
+    loader = iter(module.train_dataloader())
+    next(loader)
+    (folder,) = (tmp_path / "cache").glob("tokens-*[0-9a-f]")
+    with (folder / "tokens.bin").open("r+b") as file:
+        file.truncate(100)
+    with pytest.raises(ValueError, match=r"tokens.bin"):
+        next(loader)

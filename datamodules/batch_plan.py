@@ -46,6 +46,7 @@ class Cursor:
         global_batch: Rows of an optimizer step that :meth:`set_global_batch` asked for; None: as planned.
         pool: The current pool of a budget plan.
         cuts: How that pool was cut so far: ``(budget, group, micro-batches taken)`` each.
+        cut_by: ``(budget, group)`` if all of this epoch was cut by them so far; None if by several.
     """
 
     epoch: int = 0
@@ -57,6 +58,7 @@ class Cursor:
     global_batch: int | None = None
     pool: int = 0
     cuts: tuple[tuple[int, int, int], ...] = ()
+    cut_by: tuple[int, int] | None = None
 
     def next_epoch(self, epoch: int) -> Cursor:
         """The start of an epoch after this point."""
@@ -69,13 +71,15 @@ class Cursor:
 
     def to_state(self) -> dict[str, Any]:
         """Numbers and lists, for a checkpoint."""
-        return {**asdict(self), "cuts": [list(cut) for cut in self.cuts]}
+        cut_by = None if self.cut_by is None else list(self.cut_by)
+        return {**asdict(self), "cuts": [list(cut) for cut in self.cuts], "cut_by": cut_by}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Cursor:
         """What :meth:`to_state` gave."""
         cuts = tuple((int(budget), int(group), int(taken)) for budget, group, taken in state["cuts"])
-        return cls(**{**state, "cuts": cuts})
+        cut_by = None if state["cut_by"] is None else (int(state["cut_by"][0]), int(state["cut_by"][1]))
+        return cls(**{**state, "cuts": cuts, "cut_by": cut_by})
 
 
 class Planned(NamedTuple):

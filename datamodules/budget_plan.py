@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -53,7 +54,8 @@ class BudgetPlan:
         self.group = group
         self.seed = seed
         self.pool_size = pool_size
-        self._counts: dict[tuple[int, int], Int64Array] = {}  # micro-batches of each pool, by budget and group
+        self._counts: Int64Array | None = None  # micro-batches of each pool
+        self._total: int | None = None  # of all pools, counted or told
 
     @property
     def num_pools(self) -> int:
@@ -67,10 +69,21 @@ class BudgetPlan:
             mine = following[layout.rank].rows if layout.rank < len(following) else np.empty(0, np.int64)
             yield Planned(mine, following[-1].after)
 
+    @property
+    def total(self) -> int:
+        """Micro-batches of an epoch over all ranks; the first call cuts all pools, unless it was told."""
+        if self._total is None:
+            self._total = int(self._count_pools().sum())
+        return self._total
+
+    def tell_total(self, total: int) -> None:
+        """Spare the plan the counting: a run that is resumed knows it."""
+        self._total = total
+
     def num_batches(self, cursor: Cursor, layout: Layout) -> int:
-        """Micro-batches left over all ranks, by the number of ranks; cuts all pools, once for each budget."""
-        if cursor.pool == 0 and not cursor.cuts:
-            return in_parts(int(self._count_pools().sum()), layout.num_ranks)
+        """Micro-batches left over all ranks, by the number of ranks."""
+        if not cursor.batches or cursor.cut_by == (self.budget, self.group):
+            return in_parts(self.total - cursor.batches, layout.num_ranks)
         left = 0
         if cursor.pool < self.num_pools:
             later = self._pool_order(np.arange(cursor.pool + 1, self.num_pools), cursor.epoch)
@@ -93,6 +106,7 @@ class BudgetPlan:
             if before and before[-1][:2] == (self.budget, self.group):
                 taken = before.pop()[2]
             pool = self._pool(cursor)
+            same = not cursor.batches or cursor.cut_by == (self.budget, self.group)
             for index, rows in enumerate(pool):
                 is_last = index == len(pool) - 1
                 cuts = () if is_last else (*before, (self.budget, self.group, taken + index + 1))
@@ -102,6 +116,7 @@ class BudgetPlan:
                     batches=cursor.batches + 1,
                     pool=cursor.pool + is_last,
                     cuts=cuts,
+                    cut_by=(self.budget, self.group) if same else None,
                 )
                 yield Planned(rows, cursor)
             if not pool:
@@ -136,11 +151,8 @@ class BudgetPlan:
         return index if self.seed is None else shuffled(index, self.num_pools, self.seed, epoch, _MEMBERS)
 
     def _count_pools(self) -> Int64Array:
-        key = (self.budget, self.group)
-        if key not in self._counts:
+        if self._counts is None:
             pools = (self.lengths[self._members(pool)] for pool in range(self.num_pools))
-            counts = [
-                len(micro_batches_within(p, self.budget, padded=self.padded, multiple_of=self.group)) for p in pools
-            ]
-            self._counts[key] = np.array(counts, dtype=np.int64)
-        return self._counts[key]
+            cut = partial(micro_batches_within, budget=self.budget, padded=self.padded, multiple_of=self.group)
+            self._counts = np.array([len(cut(pool)) for pool in pools], dtype=np.int64)
+        return self._counts

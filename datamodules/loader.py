@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_llm.datamodules.batch_plan import BatchPlan, Cursor, Layout, RowPlan
+from lightning_llm.datamodules.budget_plan import BudgetPlan
 from lightning_llm.datamodules.global_batch_plan import GlobalBatchPlan
 from lightning_llm.datamodules.mixed_rows import MixedRowDataset
 from lightning_llm.datamodules.rows import EMPTY_ROW, RowDataset
@@ -113,7 +114,10 @@ class RowLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """What was trained, and of which rows; the same on every rank."""
-        return {"version": 1, "rows": dict(self.identity), "cursor": self._trained.to_state()}
+        state = {"version": 1, "rows": dict(self.identity), "cursor": self._trained.to_state()}
+        if isinstance(self.plan, BudgetPlan):
+            state["batches"] = [self.plan.budget, self.plan.group, self.plan.total]
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the state was saved.
@@ -122,6 +126,8 @@ class RowLoader:
             ValueError: If it was saved over other rows, naming what differs.
         """
         check_identity(state_dict["rows"], self.identity)
+        if isinstance(self.plan, BudgetPlan) and state_dict["batches"][:2] == [self.plan.budget, self.plan.group]:
+            self.plan.tell_total(state_dict["batches"][2])
         cursor = Cursor.from_state(state_dict["cursor"])
         self.epoch = cursor.epoch
         self._delivered = self.plan.batches_before(cursor, self._layout)

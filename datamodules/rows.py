@@ -260,7 +260,8 @@ class RowDataset(torch.utils.data.Dataset[dict[str, Any]]):
         words = self._words(row_id, self.store.num_words)
         targets = [segment.tokens[max(segment.num_context, 1) :] for segment in row]
         num_bytes = [float(self.token_bytes[tokens].sum()) for tokens in targets]
-        return [Segment(*segment[:2], *counts) for segment, *counts in zip(row, num_bytes, words, strict=True)]
+        counted = zip(row, num_bytes, words, strict=True)
+        return [segment._replace(num_bytes=size, num_words=count) for segment, size, count in counted]
 
     def _words(self, row_id: int, num_words: Int64Array | None) -> list[int]:
         """Words of each segment of a row, if the words of a document are spread evenly over its tokens.

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -89,10 +89,17 @@ _TABLE_SUFFIXES = frozenset({".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"})
 
 
 class Document(NamedTuple):
-    """A text and what to call it in messages."""
+    """A text and what to call it in messages.
+
+    Attributes:
+        name: For messages.
+        text: All of it.
+        num_bytes: Its share of the source's ``total_bytes``, for progress bars.
+    """
 
     name: str
     text: str
+    num_bytes: float = 0.0
 
 
 class CorruptDataError(ValueError):
@@ -112,6 +119,11 @@ class DocumentSource(ABC):
     def fingerprint(self) -> str:
         """Identify the data: another value for other documents or another order."""
 
+    @property
+    @abstractmethod
+    def total_bytes(self) -> int:
+        """How much there is to read, as it lies on disk: the sum of all documents' ``num_bytes``."""
+
 
 class StdlibSource(DocumentSource):
     """The running Python's standard library: its source without tests, and its manual."""
@@ -121,13 +133,19 @@ class StdlibSource(DocumentSource):
     def documents(self) -> Iterator[Document]:
         """Yield each module's source, then each topic of the manual."""
         for path in stdlib_files():
-            yield Document(str(path), path.read_text(encoding="utf-8", errors="replace"))
+            yield Document(str(path), path.read_text(encoding="utf-8", errors="replace"), path.stat().st_size)
         for topic, text in manual_topics():
-            yield Document(f"manual: {topic}", text)
+            yield Document(f"manual: {topic}", text, len(text.encode()))
 
     def fingerprint(self) -> str:
         """The Python version and its files."""
         return fingerprint([sys.version, *map(_stat, stdlib_files())])
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the files and the manual."""
+        files = sum(path.stat().st_size for path in stdlib_files())
+        return files + sum(len(text.encode()) for _, text in manual_topics())
 
 
 class FileSource(DocumentSource):
@@ -150,25 +168,30 @@ class FileSource(DocumentSource):
         """Each file's path, size and time of change, and how rows are read."""
         return fingerprint([*map(_stat, self.files), self.text_column, str(self.skip_corrupt)])
 
+    @property
+    def total_bytes(self) -> int:
+        """Sizes of the files, compressed ones as they are."""
+        return sum(path.stat().st_size for path in self.files)
+
     def documents(self) -> Iterator[Document]:
         """Yield the documents file by file."""
         records = (record for path in self.files for record in self._records(path))
         return _read_all(records, self.name, self.skip_corrupt)
 
     def _records(self, path: Path) -> Iterator[_Record]:
-        """Each record's name, and how to read its text."""
+        """Each record's name, how to read its text, and its share of the file."""
         suffix = _suffix(path)
         try:
             if suffix == ".parquet":
-                for row, value in enumerate(_parquet_column(path, self.text_column)):
-                    yield f"{path}, row {row}", partial(_check_text, self.text_column, value)
+                for row, (value, size) in enumerate(_parquet_column(path, self.text_column)):
+                    yield f"{path}, row {row}", partial(_check_text, self.text_column, value), size
             elif suffix in _TABLE_SUFFIXES:
-                with _open_lines(path) as lines:
-                    for number, line in enumerate(lines, start=1):
-                        if line.strip():
-                            yield f"{path}, line {number}", partial(_json_field, self.text_column, line)
+                for number, (line, size) in enumerate(_lines(path), start=1):
+                    if line.strip():
+                        yield f"{path}, line {number}", partial(_json_field, self.text_column, line), size
             else:
-                yield str(path), partial(_decode, path.read_bytes())
+                data = path.read_bytes()
+                yield str(path), partial(_decode, data), len(data)
         except (OSError, pa.ArrowInvalid) as error:
             if getattr(error, "errno", None) is not None:
                 raise  # the disk's or the system's, not the file's
@@ -197,22 +220,31 @@ class DatasetSource(DocumentSource):
         """Yield the text column, row by row."""
         batches = self.dataset.select_columns([self.text_column]).iter(batch_size=256)
         values = enumerate(value for batch in batches for value in batch[self.text_column])
-        records = ((f"{self.name}, row {row}", partial(_check_text, self.text_column, value)) for row, value in values)
+        size = self.total_bytes / max(len(self.dataset), 1)
+        records = (
+            (f"{self.name}, row {row}", partial(_check_text, self.text_column, value), size) for row, value in values
+        )
         return _read_all(records, self.name, self.skip_corrupt)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the text column, where the data set is a part of its table in proportion to its rows."""
+        table = self.dataset.data
+        return int(table.column(self.text_column).nbytes * len(self.dataset) / max(table.num_rows, 1))
 
     def fingerprint(self) -> str:
         """The fingerprint that `datasets` keeps, and the column."""
         return fingerprint([self.dataset._fingerprint, self.text_column, str(self.skip_corrupt)])
 
 
-_Record = tuple[str, Callable[[str], str]]  # what to call it in messages, and how to read its text
+_Record = tuple[str, Callable[[str], str], float]  # what to call it in messages, how to read its text, bytes on disk
 
 
 def _read_all(records: Iterable[_Record], source: str, skip_corrupt: bool) -> Iterator[Document]:
     skipped: list[str] = []
-    for name, read in records:
+    for name, read, num_bytes in records:
         try:
-            yield Document(name, read(name))
+            yield Document(name, read(name), num_bytes)
         except CorruptDataError as error:
             if not skip_corrupt:
                 raise
@@ -284,12 +316,21 @@ def _suffix(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def _open_lines(path: Path) -> IO[bytes]:
-    """Open for reading by lines; Arrow's decompressors notice a file that was cut short."""
+def _lines(path: Path) -> Iterator[tuple[bytes, int]]:
+    """Lines, and how many bytes of the file were read for each.
+
+    Arrow's decompressors notice a file that was cut short; they read ahead, so that many lines come with none.
+    """
     compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
-    if compression is None:
-        return path.open("rb")
-    return io.BufferedReader(pa.input_stream(path, compression=compression), 1 << 20)
+    with path.open("rb") as file:
+        if compression is None:
+            yield from ((line, len(line)) for line in file)
+            return
+        at = 0
+        with io.BufferedReader(pa.input_stream(file, compression=compression), 1 << 20) as lines:
+            for line in lines:
+                before, at = at, file.tell()
+                yield line, at - before
 
 
 def _decode(data: bytes, name: str) -> str:
@@ -317,11 +358,19 @@ def _json_field(column: str, line: bytes, name: str) -> str:
 
 
 def _check_text(column: str, value: Any, name: str) -> str:
+    """The text itself; JSON can spell halves of characters, which are no text."""
     if not isinstance(value, str):
         raise CorruptDataError(
             f"{name}: column {column!r} should hold text, but holds {type(value).__name__}. Pass text_column=..., or "
             f"skip_corrupt=True to leave such rows out."
         )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise CorruptDataError(
+            f"{name}: column {column!r} holds half of a surrogate pair at character {error.start}, which is no text. "
+            f"Mend it, or pass skip_corrupt=True to leave such rows out."
+        ) from error
     return value
 
 
@@ -329,12 +378,13 @@ def _no_column(name: str, column: str, columns: Sequence[str]) -> ValueError:
     return ValueError(f"{name} has no column {column!r}; its columns are {list(columns)}. Pass text_column=...")
 
 
-def _parquet_column(path: Path, column: str) -> Iterator[Any]:
+def _parquet_column(path: Path, column: str) -> Iterator[tuple[Any, float]]:
     file = pq.ParquetFile(path)
     if column not in file.schema_arrow.names:
         raise _no_column(str(path), column, file.schema_arrow.names)
+    size = path.stat().st_size / max(file.metadata.num_rows, 1)
     for batch in file.iter_batches(columns=[column]):
-        yield from batch.column(0).to_pylist()
+        yield from ((value, size) for value in batch.column(0).to_pylist())
 
 
 def _looks_like_path(data: str | Path) -> bool:

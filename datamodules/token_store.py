@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import mmap
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,14 +20,16 @@ from tqdm import tqdm
 from lightning_llm.datamodules.sources import Document
 from lightning_llm.datamodules.windows import Int64Array
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _BATCH_CHARACTERS = 1 << 22
+_BATCHES_AT_ONCE = 2  # while the ids of one become numbers in Python, the tokenizer's own threads work at the next
+_DIGEST_TOKENS = 1 << 24
 
 Encode = Callable[[Sequence[str]], list[npt.NDArray[np.int64]]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenStore:
     """Token ids of all documents, end to end.
 
@@ -34,6 +40,9 @@ class TokenStore:
         token_bytes: (vocab,) float64, bytes of text behind each token id, scaled so that the whole store adds up
             to the bytes of the text (a factor of exactly 1 for byte-level tokenizers).
         folder: Where the files are; None for a store in memory.
+        num_words: (num_documents,) int64, words of each document's text between white space; None if not counted.
+        facts: What ``store.json`` says; empty for a store in memory.
+        mapping: The memory map behind ``tokens``; None for a store in memory.
     """
 
     tokens: npt.NDArray[np.unsignedinteger[Any]]
@@ -41,6 +50,9 @@ class TokenStore:
     num_bytes: Int64Array
     token_bytes: npt.NDArray[np.float64]
     folder: Path | None = None
+    num_words: Int64Array | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    mapping: mmap.mmap | None = field(default=None, repr=False)
 
     def __reduce__(self) -> Any:
         """Send worker processes the place of the files, not the tokens."""
@@ -58,84 +70,278 @@ class TokenStore:
         """(num_documents,) int64, tokens in each document."""
         return np.diff(self.offsets)
 
+    @cached_property
+    def digest(self) -> str:
+        """Identifies all token ids and where documents begin, whatever their path and their age; 32 digits.
+
+        A store on disk knows it; for one in memory, all tokens are read.
+        """
+        if "digest" in self.facts:
+            return str(self.facts["digest"])
+        digest = hashlib.blake2b(digest_size=16)
+        for begin in range(0, len(self.tokens), _DIGEST_TOKENS):
+            digest.update(self.tokens[begin : begin + _DIGEST_TOKENS].data)
+        digest.update(self.lengths.data)
+        return digest.hexdigest()
+
+    @cached_property
+    def max_token_id(self) -> int:
+        """The largest token id in the store; -1 if it holds none."""
+        if "max_token_id" in self.facts:
+            return int(self.facts["max_token_id"])
+        return int(self.tokens.max()) if len(self.tokens) else -1
+
     @classmethod
     def open(cls, folder: Path) -> TokenStore:
-        """Map a finished store into memory.
+        """Map a finished store into memory; takes the same time for any size.
 
         Raises:
-            ValueError: If the files do not fit each other: the store was damaged after it was written.
+            FileNotFoundError: If a file of the store, or the whole folder, is missing.
+            ValueError: If the files do not fit each other (the store was damaged after it was written), or are of
+                another version's format.
         """
-        facts = json.loads((folder / "store.json").read_text())
-        tokens = folder / "tokens.bin"
-        expected = facts["num_tokens"] * np.dtype(facts["dtype"]).itemsize
-        if tokens.stat().st_size != expected:
-            raise ValueError(
-                f"The token cache {folder} is damaged: tokens.bin has {tokens.stat().st_size} bytes, expected "
-                f"{expected}. Delete that folder; it will be built again."
+        facts = _read_facts(folder)
+        num_documents = facts["num_documents"]
+        offsets = _read_array(folder, "offsets", num_documents + 1)
+        tokens, mapping = _map_tokens(folder, np.dtype(facts["dtype"]), facts["num_tokens"])
+        if (offsets[0], offsets[-1]) != (0, len(tokens)):
+            raise _damaged(
+                folder, f"offsets.npy runs from {offsets[0]} to {offsets[-1]}, expected 0 to {len(tokens)} tokens"
             )
         return cls(
-            tokens=np.asarray(np.memmap(tokens, facts["dtype"], mode="r", shape=(facts["num_tokens"],)))
-            if expected
-            else np.empty(0, facts["dtype"]),
-            offsets=np.load(folder / "offsets.npy", mmap_mode="r"),
-            num_bytes=np.load(folder / "num_bytes.npy", mmap_mode="r"),
-            token_bytes=np.load(folder / "token_bytes.npy"),
+            tokens=tokens,
+            offsets=offsets,
+            num_bytes=_read_array(folder, "num_bytes", num_documents),
+            token_bytes=np.array(_read_array(folder, "token_bytes", facts["vocab_size"])),
             folder=folder,
+            num_words=_read_array(folder, "num_words", num_documents),
+            facts=facts,
+            mapping=mapping,
         )
+
+    def check(self) -> None:
+        """Make sure that the token file is still whole; costs about a microsecond.
+
+        Reading a memory map behind the end of its file kills the process with SIGBUS and no word why. A file that
+        was deleted or renamed does no harm while it is mapped.
+
+        Raises:
+            ValueError: If the file was cut short since it was opened.
+            FileNotFoundError: If the file system cannot reach it any more.
+        """
+        if self.mapping is None:
+            return
+        try:
+            found = self.mapping.size()
+        except OSError as error:
+            raise FileNotFoundError(
+                f"The token cache {self.folder} can no longer be reached ({error}). Mend the disk or the connection, "
+                f"then resume from the last checkpoint."
+            ) from error
+        if found < self.tokens.nbytes:
+            raise ValueError(
+                f"{self.folder}/tokens.bin was cut short while it was in use: it has {found} bytes, expected "
+                f"{self.tokens.nbytes}. Delete the folder {self.folder}, find out what writes to it, and resume from "
+                f"the last checkpoint; the cache is then built again."
+            )
 
 
 def build_store(
-    folder: Path, documents: Iterable[Document], encode: Encode, token_bytes: npt.NDArray[np.float64]
+    folder: Path,
+    documents: Iterable[Document],
+    encode: Encode,
+    token_bytes: npt.NDArray[np.float64],
+    *,
+    name: str = "the data",
+    total_bytes: int | None = None,
 ) -> None:
     """Write a store.
 
     Args:
         folder: An empty folder.
         documents: Read once, one by one.
-        encode: Texts to token ids, one int64 array each.
+        encode: Texts to token ids, one int64 array each; called from two threads if ``encode.is_parallel``.
         token_bytes: (vocab,) bytes of text behind each token id.
+        name: What the documents are called in messages and beside the progress bar.
+        total_bytes: What the documents' sizes add up to, for the progress bar; None if that is not known.
+
+    Raises:
+        ValueError: If there is no document or no text, or a token id that the vocabulary does not have.
     """
-    dtype = np.uint16 if len(token_bytes) <= 1 << 16 else np.uint32
-    lengths: list[int] = []
-    num_bytes: list[int] = []
-    counted = 0.0
+    dtype = np.dtype(np.uint16 if len(token_bytes) <= 1 << 16 else np.uint32)
+    digest = hashlib.blake2b(digest_size=16)
+    counts = np.zeros(len(token_bytes), np.int64)
+    per_document: list[Int64Array] = []
     # Written, not memory-mapped: a full disk is then an error and not a signal that kills the process.
-    with (folder / "tokens.bin").open("wb") as file, _progress() as progress:
-        for texts in _batches(documents):
-            for text, ids in zip(texts, encode(texts), strict=True):
-                file.write(ids.astype(dtype).tobytes())
-                lengths.append(len(ids))
-                num_bytes.append(len(text.encode()))
-                counted += float(token_bytes[ids].sum())
-                progress.update(num_bytes[-1])
+    with (folder / "tokens.bin").open("wb") as file, _progress(name, total_bytes) as progress:
+        for batch, encoded in _encoded(documents, encode):
+            measured = _measure(batch, encoded)
+            ids = np.concatenate(encoded)
+            _check_ids(ids, measured[0], batch, len(token_bytes))
+            stored = ids.astype(dtype)
+            file.write(stored.data)
+            digest.update(stored.data)
+            counts += np.bincount(ids, minlength=len(counts))
+            per_document.append(measured)
+            progress.update(sum(document.num_bytes for document in batch))
         _sync(file)
-    scale = sum(num_bytes) / counted if counted else 1.0
-    np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64))
-    np.save(folder / "num_bytes.npy", np.array(num_bytes, np.int64))
-    np.save(folder / "token_bytes.npy", token_bytes * scale)
-    facts = {"version": FORMAT_VERSION, "num_tokens": sum(lengths), "dtype": np.dtype(dtype).name}
+    lengths, num_bytes, num_words = np.concatenate([*per_document, np.empty((3, 0), np.int64)], axis=1)
+    if not num_bytes.any():
+        what = f"{len(num_bytes)} documents, all of them empty" if len(num_bytes) else "no document"
+        raise ValueError(f"There is nothing to train on: {name} holds {what}. Add documents with text.")
+    digest.update(lengths.data)
+    _write_array(folder, "offsets", np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]))
+    _write_array(folder, "num_bytes", num_bytes)
+    _write_array(folder, "num_words", num_words)
+    counted = float(counts @ token_bytes)
+    _write_array(folder, "token_bytes", token_bytes * (num_bytes.sum() / counted if counted else 1.0))
+    facts = {
+        "version": FORMAT_VERSION,
+        "num_documents": len(lengths),
+        "num_tokens": int(lengths.sum()),
+        "dtype": dtype.name,
+        "vocab_size": len(token_bytes),
+        "max_token_id": int(np.flatnonzero(counts).max(initial=-1)),
+        "digest": digest.hexdigest(),
+    }
     with (folder / "store.json").open("w") as last:
-        last.write(json.dumps(facts))
+        last.write(json.dumps(facts, indent=1))
         _sync(last)
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[str]]:
-    texts: list[str] = []
+def _measure(batch: Sequence[Document], encoded: Sequence[npt.NDArray[np.int64]]) -> Int64Array:
+    """Tokens, bytes and words of each document, (3, num_documents)."""
+    texts = [document.text for document in batch]
+    rows = [map(len, encoded), (len(text.encode()) for text in texts), (len(text.split()) for text in texts)]
+    return np.array([np.fromiter(row, np.int64, len(batch)) for row in rows])
+
+
+def _encoded(
+    documents: Iterable[Document], encode: Encode
+) -> Iterator[tuple[list[Document], list[npt.NDArray[np.int64]]]]:
+    """Batches in order, with their token ids; the next ones are encoded while the caller has one in hand."""
+    at_once = _BATCHES_AT_ONCE if getattr(encode, "is_parallel", False) else 1
+    waiting: list[tuple[list[Document], Future[list[npt.NDArray[np.int64]]]]] = []
+    with ThreadPoolExecutor(at_once) as threads:
+        for batch in _batches(documents):
+            if len(waiting) >= at_once:
+                ready, ids = waiting.pop(0)
+                yield ready, ids.result()
+            waiting.append((batch, threads.submit(encode, [document.text for document in batch])))
+        for ready, ids in waiting:
+            yield ready, ids.result()
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
     characters = 0
     for document in documents:
-        texts.append(document.text)
+        batch.append(document)
         characters += len(document.text)
         if characters >= _BATCH_CHARACTERS:
-            yield texts
-            texts, characters = [], 0
-    if texts:
-        yield texts
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
-def _progress() -> Any:
-    return tqdm(desc="Tokenizing", unit="B", unit_scale=True, leave=False, delay=2.0)
+def _check_ids(ids: npt.NDArray[np.int64], lengths: Int64Array, batch: Sequence[Document], vocab_size: int) -> None:
+    """Refuse ids without a place in the vocabulary; in the file's unsigned integers they would become others."""
+    if not len(ids) or (ids.max() < vocab_size and ids.min() >= 0):
+        return
+    at = int(np.argmax((ids >= vocab_size) | (ids < 0)))
+    document = batch[int(np.searchsorted(np.cumsum(lengths), at, side="right"))]
+    raise ValueError(
+        f"The tokenizer gives the id {ids[at]} in {document.name}, but its vocabulary has {vocab_size} tokens: ids lie "
+        f"in 0..{vocab_size - 1}. The tokenizer's files do not fit each other; save it again with save_pretrained, or "
+        f"use another."
+    )
 
 
-def _sync(file: Any) -> None:
+def _progress(name: str, total_bytes: int | None) -> Any:
+    """A bar over bytes, after two seconds, on terminals alone."""
+    return tqdm(
+        desc=f"Tokenizing {name}",
+        total=total_bytes or None,
+        unit="B",
+        unit_scale=True,
+        leave=False,
+        delay=2.0,
+        disable=None,
+    )
+
+
+def _read_facts(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no token cache in {folder}. It is built again when the data is set up.")
+    try:
+        facts = json.loads((folder / "store.json").read_text())
+        version = facts["version"]
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"The token cache {folder} has no store.json: it was copied or deleted in part. Delete that folder; it "
+            f"will be built again."
+        ) from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise _damaged(folder, f"store.json cannot be read ({type(error).__name__}: {error})") from error
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"The token cache {folder} has format {version}, expected {FORMAT_VERSION}: another version of "
+            f"lightning_llm wrote it. Delete that folder; it will be built again."
+        )
+    missing = {"num_documents", "num_tokens", "dtype", "vocab_size", "max_token_id", "digest"} - facts.keys()
+    if missing:
+        raise _damaged(folder, f"store.json does not say {sorted(missing)}")
+    return dict(facts)
+
+
+def _map_tokens(
+    folder: Path, dtype: np.dtype[Any], num_tokens: int
+) -> tuple[npt.NDArray[np.unsignedinteger[Any]], mmap.mmap | None]:
+    path = folder / "tokens.bin"
+    expected = num_tokens * dtype.itemsize
+    with _open(path) as file:
+        found = os.fstat(file.fileno()).st_size
+        if found != expected:
+            raise _damaged(folder, f"tokens.bin has {found} bytes, expected {expected}")
+        if not expected:
+            return np.empty(0, dtype), None
+        mapping = mmap.mmap(file.fileno(), expected, access=mmap.ACCESS_READ)
+    return np.frombuffer(mapping, dtype), mapping
+
+
+def _read_array(folder: Path, name: str, length: int) -> npt.NDArray[Any]:
+    path = folder / f"{name}.npy"
+    _open(path).close()
+    try:
+        array: npt.NDArray[Any] = np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise _damaged(folder, f"{path.name} cannot be read ({error})") from error
+    if len(array) != length:
+        raise _damaged(folder, f"{path.name} has {len(array)} entries, expected {length}")
+    return np.asarray(array)
+
+
+def _open(path: Path) -> IO[bytes]:
+    try:
+        return path.open("rb")
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"The token cache {path.parent} has no {path.name}: it was copied or deleted in part. Delete that folder; "
+            f"it will be built again."
+        ) from None
+
+
+def _damaged(folder: Path, what: str) -> ValueError:
+    return ValueError(f"The token cache {folder} is damaged: {what}. Delete that folder; it will be built again.")
+
+
+def _write_array(folder: Path, name: str, array: npt.NDArray[Any]) -> None:
+    with (folder / f"{name}.npy").open("wb") as file:
+        np.save(file, array)
+        _sync(file)
+
+
+def _sync(file: IO[Any]) -> None:
     file.flush()
     os.fsync(file.fileno())

@@ -3,11 +3,9 @@
 import errno
 import resource
 import signal
-import subprocess
-import sys
-import textwrap
 import threading
 import time
+from multiprocessing import get_context
 
 import pytest
 
@@ -38,26 +36,24 @@ def test_failed_build_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] in ([], ["name.lock"])
 
 
+def build_half(folder, is_half):
+    def build(unfinished):
+        (unfinished / "tokens").write_text("half")
+        is_half.set()
+        time.sleep(60)
+
+    build_once(folder, build)
+
+
 def test_killed_build_is_not_believed(tmp_path):
     """SIGKILL in the middle of writing; the next run builds anew."""
-    script = textwrap.dedent(
-        """
-        import sys, time
-        from pathlib import Path
-        from lightning_llm.datamodules.cache import build_once
-
-        def build(folder):
-            (folder / "tokens").write_text("half")
-            print("half", flush=True)
-            time.sleep(60)
-
-        build_once(Path(sys.argv[1]) / "name", build)
-        """
-    )
-    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "half\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait(timeout=30)
+    context = get_context("fork")
+    is_half = context.Event()
+    process = context.Process(target=build_half, args=(tmp_path / "name", is_half))
+    process.start()
+    assert is_half.wait(timeout=60)
+    process.kill()
+    process.join(timeout=30)
     assert (tmp_path / "name.unfinished" / "tokens").exists()
     assert not (tmp_path / "name").exists()
     folder = build_once(tmp_path / "name", lambda path: (path / "tokens").write_text("whole"))

@@ -213,6 +213,15 @@ def test_empty_row_has_no_target_and_no_token(windowing, layout):
     assert batch["row_ids"].tolist() == [EMPTY_ROW]
 
 
+@pytest.mark.parametrize("windowing", ["packed", "wrapped", "windows", "documents"])
+def test_empty_documents_give_no_row_and_nothing_is_lost(windowing):
+    table = table_of([0, 3, 0, 0, 2, 0], 4, windowing)
+    assert sorted({token for row in tokens_of(table) for segment in row for token in segment}) == [0, 1, 2, 3, 4]
+    assert set(table.document.tolist()) == {1, 4}
+    assert (table.row_lengths > 0).all()
+    assert len(table_of([0, 0], 4, windowing)) == 0
+
+
 def test_rows_hold_only_the_chosen_documents():
     dataset = dataset_of([5, 6, 7], 32, "packed", documents=[0, 2])
     assert dataset.table.num_tokens == 12

@@ -69,6 +69,41 @@ def test_parquet_and_saved_datasets_are_read(tmp_path):
         open_source(str(tmp_path / "splits"), split="tets")
 
 
+@pytest.mark.parametrize("ending", [".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", "dataset"])
+def test_shares_of_the_documents_add_up_to_the_size_of_the_data(tmp_path, ending):
+    """For progress bars; corrupt and empty lines have no document, a decompressor reads ahead."""
+    import datasets
+
+    path = tmp_path / f"data{ending}"
+    lines = "".join(json.dumps({"text": text, "id": 1}) + "\n" for text in TEXTS * 500).encode()
+    if ending == "dataset":
+        datasets.Dataset.from_dict({"text": TEXTS * 500}).select(range(100)).save_to_disk(path)
+    elif ending == ".parquet":
+        pq.write_table(pa.table({"text": TEXTS * 500}), path)
+    else:
+        compress = {".jsonl.gz": gzip.compress, ".jsonl.zst": lambda data: pa.compress(data, "zstd", asbytes=True)}
+        path.write_bytes(compress.get(ending, bytes)(lines))
+    source = open_source(str(path))
+    if path.is_file():
+        assert source.total_bytes == path.stat().st_size
+    read = sum(document.num_bytes for document in source.documents())
+    assert read == pytest.approx(source.total_bytes, rel=1e-9)
+
+
+def test_stdlib_knows_its_size():
+    source = open_source(STDLIB)
+    assert sum(document.num_bytes for document in source.documents()) == source.total_bytes > 8e6
+
+
+def test_half_of_a_surrogate_pair_is_no_text(tmp_path, caplog):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "good \\ud83d\\ude42"}\n{"text": "bad \\ud83d"}\n')
+    with pytest.raises(CorruptDataError, match=r"line 2: column 'text' holds half of a surrogate pair at character 4"):
+        texts(str(path))
+    assert texts(str(path), skip_corrupt=True) == ["good 🙂"]
+    assert "Skipped 1 corrupt" in caplog.text
+
+
 def test_several_files_are_read_in_the_order_given(tmp_path):
     paths = []
     for index, text in enumerate(TEXTS):

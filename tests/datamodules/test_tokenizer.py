@@ -126,3 +126,12 @@ def test_python_only_tokenizers_encode_too(bpe):
     assert [ids.tolist() for ids in encode(["a bb", "ccc"])] == [[1, 2, 7], [3, 7]]
     assert encode(["a"])[0].dtype == np.int64
     assert encode.fingerprint()
+
+
+def test_encoder_uses_threads_only_where_the_tokenizer_may(bpe, monkeypatch):
+    encode = encoder(bpe, append_eos=True)
+    for value, is_parallel in {"true": True, "1": True, "false": False, "0": False}.items():
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", value)
+        assert encode.is_parallel is is_parallel
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM")
+    assert encode.is_parallel

@@ -73,6 +73,11 @@ class BatchSettings:
         return self.global_batch_size if self.global_batch_tokens is None else self.global_batch_tokens
 
     @property
+    def counts(self) -> str:
+        """What a position in the data counts: rows of the epoch's order, or micro-batches of pools."""
+        return "rows" if self.micro_batch_tokens is None else "pools"
+
+    @property
     def layout(self) -> Layout | None:
         """How batches are collated; None: as the rows ask for."""
         return "padding_free" if self.batching == "padding_free" else None

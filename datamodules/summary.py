@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from lightning_llm.datamodules.text_source import SplitRows
 from lightning_llm.datamodules.windows import Int64Array
+
+_MAX_REFERENCE_BYTES = 1 << 25
 
 
 class LengthStatistics(NamedTuple):
@@ -89,6 +94,21 @@ def describe_source(name: str, train: SplitRows, validation: SplitRows | None) -
             f"{table.num_label_tokens:,} label tokens"
         )
     return "\n".join(lines)
+
+
+def zlib_bits_per_byte(splits: Iterable[SplitRows], tokenizer: PreTrainedTokenizerBase) -> float:
+    """What zlib (level 9) needs for documents, at most 32 MiB of them: a yardstick for a model's bits per byte."""
+    compressor = zlib.compressobj(9)
+    num_bytes = compressed = 0
+    for store, documents, _ in splits:
+        for document in documents:
+            ids = store.tokens[store.offsets[document] : store.offsets[document + 1]].tolist()
+            text = str(tokenizer.decode(ids, skip_special_tokens=True)).encode()
+            num_bytes += len(text)
+            compressed += len(compressor.compress(text))
+            if num_bytes > _MAX_REFERENCE_BYTES:
+                break
+    return 8 * (compressed + len(compressor.flush())) / max(num_bytes, 1)
 
 
 def plot_lengths(lengths: dict[str, Int64Array], max_length: int) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,19 +14,18 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_llm.datamodules.batch_plan import RowPlan
 from lightning_llm.datamodules.batching import Batching, BatchSettings
-from lightning_llm.datamodules.cache import build_once, default_cache_dir, fingerprint
+from lightning_llm.datamodules.cache import default_cache_dir
 from lightning_llm.datamodules.loader import RowLoader, check_identity
 from lightning_llm.datamodules.mixed_rows import MixedOrder, MixedRowDataset, mixture_weights
 from lightning_llm.datamodules.order import RowOrder, TableOrder
 from lightning_llm.datamodules.rows import RowDataset, RowTable, Windowing
 from lightning_llm.datamodules.sources import STDLIB
-from lightning_llm.datamodules.summary import describe_source, plot_lengths
-from lightning_llm.datamodules.text_source import Split, SplitRows, TextSource
+from lightning_llm.datamodules.summary import describe_source, plot_lengths, zlib_bits_per_byte
+from lightning_llm.datamodules.text_settings import check_sizes, check_weights, check_windowing, named_sources, part_of
+from lightning_llm.datamodules.text_source import Split, SplitRows, TextSource, prepare_tokenizer
 from lightning_llm.datamodules.token_store import TokenStore
-from lightning_llm.datamodules.tokenizer import byte_tokenizer, load_tokenizer, train_bpe
 from lightning_llm.schedule import Schedule
 
-_MAX_REFERENCE_BYTES = 1 << 25
 _STAGES: dict[str | None, tuple[Split, ...]] = {
     "fit": ("train", "validation"),
     "validate": ("validation",),
@@ -136,10 +133,10 @@ class TextDataModule(L.LightningDataModule):
             "micro_batch_tokens": micro_batch_tokens,
             "eval_micro_batch_size": eval_micro_batch_size,
         }
-        _check_sizes(max_length, validation_fraction, sizes)
-        _check_windowing("windowing", windowing, "stride", stride, max_length)
+        check_sizes(max_length, validation_fraction, sizes)
+        check_windowing("windowing", windowing, "stride", stride, max_length)
         eval_stride = None if eval_context is None else max_length - eval_context
-        _check_windowing("eval_windowing", eval_windowing or windowing, "eval_context", eval_stride, max_length)
+        check_windowing("eval_windowing", eval_windowing or windowing, "eval_context", eval_stride, max_length)
         if batching == "padded" and windowing in ("packed", "wrapped"):
             raise ValueError(
                 f"batching='padded' is for rows of unequal length, but those of windowing={windowing!r} are full. Use "
@@ -168,9 +165,9 @@ class TextDataModule(L.LightningDataModule):
         self.sources = {
             name: TextSource(
                 data=each,
-                validation_data=_part(validation_data, name, data, "validation_data"),
+                validation_data=part_of(validation_data, name, data, "validation_data"),
                 validation_fraction=validation_fraction,
-                test_data=_part(test_data, name, data, "test_data"),
+                test_data=part_of(test_data, name, data, "test_data"),
                 split=split,
                 validation_split=validation_split,
                 seed=seed,
@@ -181,9 +178,9 @@ class TextDataModule(L.LightningDataModule):
                     "skip_corrupt": skip_corrupt,
                 },
             )
-            for name, each in _named(data).items()
+            for name, each in named_sources(data).items()
         }
-        _check_weights(weights, self.sources)
+        check_weights(weights, self.sources)
         self._tokenizer = tokenizer
         self._ready: PreTrainedTokenizerBase | None = None
         self._rows: dict[Split, dict[str, SplitRows]] = {}
@@ -255,7 +252,13 @@ class TextDataModule(L.LightningDataModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, loaded or trained on first use."""
         if self._ready is None:
-            self._ready = self._make_tokenizer()
+            self._ready = prepare_tokenizer(
+                self._tokenizer,
+                self.sources.values(),
+                self.cache_dir,
+                vocab_size=self.vocab_size,
+                trust_remote_code=self.trust_remote_code,
+            )
         return self._ready
 
     @property
@@ -305,7 +308,7 @@ class TextDataModule(L.LightningDataModule):
         """One screen on the documents, the rows made of them, and what a pipeline that truncates would lose."""
         parts = []
         for name, train in self._rows["train"].items():
-            title = train_title(name, self.sources[name])
+            title = self.sources[name].title(name)
             parts.append(describe_source(title, train, self._rows.get("validation", {}).get(name)))
         if len(self.sources) > 1:
             shares = self._mixture_weights()
@@ -321,22 +324,12 @@ class TextDataModule(L.LightningDataModule):
         if split not in self._rows:
             self.setup({"train": "fit", "validation": "validate", "test": "test"}[split])
         rows = self._rows[split]
-        lengths = {train_title(n, self.sources[n]): r.store.lengths[r.documents] for n, r in rows.items()}
+        lengths = {self.sources[n].title(n): r.store.lengths[r.documents] for n, r in rows.items()}
         return plot_lengths(lengths, self.max_length)
 
     def zlib_bits_per_byte(self) -> float:
         """What zlib (level 9) needs for the validation text, at most 32 MiB of it: a yardstick for bits per byte."""
-        compressor = zlib.compressobj(9)
-        num_bytes = compressed = 0
-        for store, documents, _ in self._rows["validation"].values():
-            for document in documents:
-                ids = store.tokens[store.offsets[document] : store.offsets[document + 1]].tolist()
-                text = str(self.tokenizer.decode(ids, skip_special_tokens=True)).encode()
-                num_bytes += len(text)
-                compressed += len(compressor.compress(text))
-                if num_bytes > _MAX_REFERENCE_BYTES:
-                    break
-        return 8 * (compressed + len(compressor.flush())) / max(num_bytes, 1)
+        return zlib_bits_per_byte(self._rows["validation"].values(), self.tokenizer)
 
     # ---- details -------------------------------------------------------------------------------------------------
 
@@ -449,7 +442,7 @@ class TextDataModule(L.LightningDataModule):
             "stride": self.stride,
             "shuffle": self.shuffle,
             "seed": self.seed,
-            "batches": _kind(self.batch_settings),
+            "batches": self.batch_settings.counts,
         }
         if len(self.sources) > 1:
             settings["weights"] = self._mixture_weights()
@@ -468,102 +461,3 @@ class TextDataModule(L.LightningDataModule):
             if token is not None:
                 return int(token)
         return 0
-
-    def _make_tokenizer(self) -> PreTrainedTokenizerBase:
-        if not isinstance(self._tokenizer, str):
-            given: PreTrainedTokenizerBase = self._tokenizer
-            return given
-        if self._tokenizer == "bytes":
-            return byte_tokenizer()
-        if self._tokenizer == "bpe":
-            return load_tokenizer(self._trained_bpe())
-        return load_tokenizer(self._tokenizer, trust_remote_code=self.trust_remote_code)
-
-    def _trained_bpe(self) -> Path:
-        """Folder of the tokenizer trained on the training documents of ``data``, and on no other."""
-        choice = [str(self.vocab_size), str(self.seed)]
-        for source in self.sources.values():
-            choice += [source.open("train").fingerprint(), str(source.validation_data), str(source.validation_fraction)]
-
-        def build(folder: Path) -> None:
-            texts = (text for source in self.sources.values() for text in source.training_texts())
-            train_bpe(texts, self.vocab_size).save_pretrained(str(folder))
-
-        return build_once(self.cache_dir / f"bpe-{fingerprint(choice)}", build)
-
-
-def train_title(name: str, source: TextSource) -> str:
-    """What to call a source on the screen."""
-    data = source.data
-    place = data if isinstance(data, str) else f"{data[0]} and {len(data) - 1} more"
-    return place if name == "" else f"{name} ({place})" if name != place else name
-
-
-def _named(data: Any) -> dict[str, Any]:
-    if isinstance(data, Mapping):
-        if not data:
-            raise ValueError("`data` is a mixture without a source. Name one at least: {'code': 'code/', ...}.")
-        return dict(data)
-    return {"": data}
-
-
-def _part(other: Any, name: str, data: Any, argument: str) -> Any:
-    """The entry of ``validation_data`` or ``test_data`` that belongs to a source of ``data``."""
-    if other is None or isinstance(data, Mapping) != isinstance(other, Mapping):
-        if other is not None:
-            raise ValueError(
-                f"`data` and `{argument}` are both a single source or both mappings with the same names, but got "
-                f"{data!r} and {other!r}."
-            )
-        return None
-    if not isinstance(other, Mapping):
-        return other
-    unknown = sorted(set(other) - set(data))
-    if unknown:
-        raise ValueError(f"`{argument}` names {unknown}, but the sources of `data` are {sorted(data)}.")
-    return other.get(name)
-
-
-def _kind(settings: BatchSettings) -> str:
-    """What a position counts: rows of the epoch's order, or micro-batches of pools."""
-    return "pools" if settings.micro_batch_tokens is not None else "rows"
-
-
-def _check_sizes(max_length: int, validation_fraction: float, sizes: dict[str, int | None]) -> None:
-    if max_length < 2:
-        raise ValueError(f"`max_length` must be 2 at least (a token and its prediction), but got {max_length}.")
-    for name, size in sizes.items():
-        if size is not None and size < 1:
-            raise ValueError(f"`{name}` must be 1 at least, but got {size}.")
-    if not 0 <= validation_fraction < 1:
-        raise ValueError(f"`validation_fraction` lies in 0..1, 1 excluded, but got {validation_fraction}.")
-
-
-def _check_windowing(name: str, windowing: str, option: str, stride: int | None, max_length: int) -> None:
-    kinds = ("packed", "wrapped", "windows", "documents")
-    if windowing not in kinds:
-        raise ValueError(f"`{name}` must be {', '.join(map(repr, kinds[:-1]))} or 'documents', but got {windowing!r}.")
-    if stride is None:
-        return
-    meant = ("windows", "packed") if option == "stride" else ("windows",)
-    if windowing not in meant:
-        raise ValueError(
-            f"`{option}` has a meaning for {name}={' and '.join(map(repr, meant))} only, but {name} is {windowing!r}."
-        )
-    if option == "eval_context" and not 1 <= stride < max_length:
-        raise ValueError(
-            f"`eval_context` (tokens before each scored one) lies in 1..max_length-1={max_length - 1}, but got "
-            f"{max_length - stride}."
-        )
-    if not 1 <= stride <= max_length:
-        raise ValueError(f"`stride` (new tokens in a window) lies in 1..max_length={max_length}, but got {stride}.")
-
-
-def _check_weights(weights: dict[str, float] | None, sources: Mapping[str, Any]) -> None:
-    if weights is None:
-        return
-    if set(weights) != set(sources) or "" in sources:
-        raise ValueError(
-            f"`weights` names every source of a mixture, but got {sorted(weights)} for the sources "
-            f"{sorted(sources) if '' not in sources else 'of a single `data`'}."
-        )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +17,7 @@ from lightning_llm.datamodules.order import selected
 from lightning_llm.datamodules.rows import RowTable, Windowing, make_rows
 from lightning_llm.datamodules.sources import DocumentSource, open_source
 from lightning_llm.datamodules.token_store import FORMAT_VERSION, TokenStore, build_store
-from lightning_llm.datamodules.tokenizer import encoder, token_bytes
+from lightning_llm.datamodules.tokenizer import byte_tokenizer, encoder, load_tokenizer, token_bytes, train_bpe
 from lightning_llm.datamodules.windows import Int64Array
 
 Split = Literal["train", "validation", "test"]
@@ -62,6 +63,11 @@ class TextSource:
     seed: int
     min_length: int
     open_options: dict[str, Any]
+
+    def title(self, name: str) -> str:
+        """What to call the source on a screen, where a mixture calls it ``name``."""
+        place = self.data if isinstance(self.data, str) else f"{self.data[0]} and {len(self.data) - 1} more"
+        return f"{name} ({place})" if name not in ("", place) else place
 
     @property
     def has_validation(self) -> bool:
@@ -166,3 +172,35 @@ class TextSource:
             f"No document is left for {split}: of {store.num_documents} in {name}, none has {self.min_length} "
             f"tokens or more (min_length); the longest has {longest}. Lower min_length or add documents."
         )
+
+
+def prepare_tokenizer(
+    tokenizer: Any, sources: Iterable[TextSource], cache_dir: Path, *, vocab_size: int, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that a user named, or train one on the training documents of all sources, and on no other.
+
+    Args:
+        tokenizer: A tokenizer; ``bytes``; ``bpe``, trained once and then kept in ``cache_dir``; a folder or hub id.
+        sources: Where a ``bpe`` learns from.
+        cache_dir: Where it is kept.
+        vocab_size: Its size.
+        trust_remote_code: Run code that comes with the tokenizer.
+    """
+    if not isinstance(tokenizer, str):
+        given: PreTrainedTokenizerBase = tokenizer
+        return given
+    if tokenizer == "bytes":
+        return byte_tokenizer()
+    if tokenizer != "bpe":
+        return load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
+    sources = list(sources)
+    choice = [str(vocab_size)]
+    for source in sources:
+        held_out = (source.seed, source.validation_data, source.validation_fraction)
+        choice += [source.open("train").fingerprint(), *map(str, held_out)]
+
+    def build(folder: Path) -> None:
+        texts = chain.from_iterable(source.training_texts() for source in sources)
+        train_bpe(texts, vocab_size).save_pretrained(str(folder))
+
+    return load_tokenizer(build_once(cache_dir / f"bpe-{fingerprint(choice)}", build))

@@ -17,6 +17,8 @@ import numpy as np
 from lightning_llm.datamodules.order import RowOrder
 from lightning_llm.datamodules.windows import Int64Array
 
+_BLOCK = 1024  # positions
+
 
 class Layout(NamedTuple):
     """How an optimizer step is spread.
@@ -130,11 +132,16 @@ class RowPlan:
     def batches(self, cursor: Cursor, layout: Layout) -> Iterator[Planned]:
         """Consecutive positions, shared out evenly."""
         size = self.micro_batch_size * layout.num_ranks
-        while self.num_batches(cursor, layout):
-            positions = np.arange(cursor.rows, min(cursor.rows + size, self.order.num_rows))
-            share = np.array_split(positions, layout.num_ranks)[layout.rank]
-            cursor = replace(cursor, rows=cursor.rows + len(positions))
-            yield Planned(self.order.rows(share, cursor.epoch), cursor)
+        many = max(_BLOCK // size, 1) * size  # the order is looked up for several micro-batches at once
+        for begin in range(cursor.rows, self.order.num_rows, many):
+            block = np.arange(begin, min(begin + many, self.order.num_rows))
+            rows = self.order.rows(block, cursor.epoch)
+            for at in range(0, len(rows), size):
+                part = rows[at : at + size]
+                if self.drop_last and len(part) < size:
+                    return
+                share = np.array_split(part, layout.num_ranks)[layout.rank]
+                yield Planned(share, replace(cursor, rows=begin + at + len(part)))
 
     def num_batches(self, cursor: Cursor, layout: Layout) -> int:
         """Rows left, in micro-batches."""

@@ -16,7 +16,8 @@ from lightning_llm.datamodules.cache import build_once, fingerprint
 from lightning_llm.datamodules.order import selected
 from lightning_llm.datamodules.rows import RowTable, Windowing, make_rows
 from lightning_llm.datamodules.sources import DocumentSource, open_source
-from lightning_llm.datamodules.token_store import FORMAT_VERSION, TokenStore, build_store
+from lightning_llm.datamodules.store_builder import build_store
+from lightning_llm.datamodules.token_store import FORMAT_VERSION, TokenStore
 from lightning_llm.datamodules.tokenizer import byte_tokenizer, encoder, load_tokenizer, token_bytes, train_bpe
 from lightning_llm.datamodules.windows import Int64Array
 

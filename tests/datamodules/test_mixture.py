@@ -16,7 +16,7 @@ from lightning_llm.datamodules.mixture import (
 weights = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(weights, st.integers(0, 2**32), st.integers(0, 10**9))
 def test_every_block_holds_each_source_in_exact_proportion(values, seed, block):
     order = MixtureOrder(values, seed)
@@ -28,7 +28,7 @@ def test_every_block_holds_each_source_in_exact_proportion(values, seed, block):
     assert found.min() >= 1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(weights, st.integers(0, 2**32), st.integers(1, 5000))
 def test_items_of_a_source_run_on_without_a_gap(values, seed, length):
     sources, positions = MixtureOrder(values, seed)(np.arange(length))

@@ -34,7 +34,7 @@ import pyarrow as pa
 import torch
 from transformers import DataCollatorForLanguageModeling, DataCollatorWithFlattening
 
-from lightning_llm.datamodules.batch_plan import Cursor, RowPlan
+from lightning_llm.datamodules.batches.plan import Cursor, RowPlan
 from lightning_llm.datamodules.loader import RowLoader
 from lightning_llm.datamodules.order import TableOrder
 from lightning_llm.datamodules.packing import best_fit_decreasing

@@ -13,9 +13,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_llm.datamodules.batch_plan import BatchPlan, Cursor, Layout, RowPlan
-from lightning_llm.datamodules.budget_plan import BudgetPlan
-from lightning_llm.datamodules.global_batch_plan import GlobalBatchPlan
+from lightning_llm.datamodules.batches.budget_plan import BudgetPlan
+from lightning_llm.datamodules.batches.global_batch_plan import GlobalBatchPlan
+from lightning_llm.datamodules.batches.plan import BatchPlan, Cursor, Layout, RowPlan
 from lightning_llm.datamodules.mixed_rows import MixedRowDataset
 from lightning_llm.datamodules.rows import EMPTY_ROW, RowDataset
 from lightning_llm.datamodules.trainer_position import align_batches, announce_length, is_fitting, trained_batches

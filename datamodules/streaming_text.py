@@ -12,16 +12,16 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from lightning_llm.datamodules.collate import Layout
-from lightning_llm.datamodules.file_shards import FileShards
 from lightning_llm.datamodules.loader import check_identity
 from lightning_llm.datamodules.mixture import temperature_weights
 from lightning_llm.datamodules.rows import Windowing
-from lightning_llm.datamodules.shard_sources import open_shards
-from lightning_llm.datamodules.shards import ShardedSource
-from lightning_llm.datamodules.stream_batch import collate_stream_rows
-from lightning_llm.datamodules.stream_loader import StreamLoader
+from lightning_llm.datamodules.streams.batch import collate_stream_rows
+from lightning_llm.datamodules.streams.file_shards import FileShards
+from lightning_llm.datamodules.streams.loader import StreamLoader
+from lightning_llm.datamodules.streams.shard_sources import open_shards
+from lightning_llm.datamodules.streams.shards import ShardedSource
+from lightning_llm.datamodules.streams.virtual_stream import Stop, StreamSettings
 from lightning_llm.datamodules.tokenizer import byte_tokenizer, encoder, load_tokenizer, token_bytes
-from lightning_llm.datamodules.virtual_stream import Stop, StreamSettings
 
 _Split = Literal["train", "validation"]
 _STAGES: dict[str | None, tuple[_Split, ...]] = {

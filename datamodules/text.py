@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
-from lightning_llm.datamodules.batch_plan import RowPlan
-from lightning_llm.datamodules.batching import Batching, BatchSettings
+from lightning_llm.datamodules.batches.plan import RowPlan
+from lightning_llm.datamodules.batches.settings import Batching, BatchSettings
 from lightning_llm.datamodules.cache import default_cache_dir
 from lightning_llm.datamodules.loader import RowLoader, check_identity
 from lightning_llm.datamodules.mixed_rows import MixedOrder, MixedRowDataset, mixture_weights

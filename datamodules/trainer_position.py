@@ -26,7 +26,8 @@ def trained_batches(trainer: L.Trainer) -> int:
     loop: Any = trainer.fit_loop.epoch_loop
     progress = loop.batch_progress
     processed = int(progress.current.processed)
-    if progress.is_last_batch or processed == trainer.num_training_batches:
+    is_over = progress.is_last_batch and processed == progress.current.ready
+    if is_over or processed == trainer.num_training_batches:
         return processed  # an epoch's last window may be short
     return processed - int(processed % trainer.accumulate_grad_batches)
 

@@ -56,8 +56,8 @@ class Duration:
         """Read a duration: an int counts optimizer steps, a float below 1 is a share of the run.
 
         Args:
-            value: ``"500 steps"``, ``"2M tokens"`` (k, M, B or G, T), ``"10k samples"``, ``"1 epoch"``, ``"5%"``, ``500``,
-                ``0.05``.
+            value: ``"500 steps"``, ``"2M tokens"`` (k, M, B or G, T), ``"10k samples"``, ``"1 epoch"``, ``"5%"``,
+                ``500``, ``0.05``.
 
         Raises:
             ValueError: If the text has another form or names an unknown unit.

@@ -19,7 +19,10 @@ SOURCES = sorted(
 PURE = [
     *("lightning_llm/duration.py", "lightning_llm/schedule.py", "lightning_llm/loss.py"),
     *("callbacks/pieces/limits.py", "callbacks/pieces/cutting.py", "callbacks/pieces/rows.py"),
-    *("datamodules/windows.py", "datamodules/packing.py", "datamodules/order.py"),
+    *("datamodules/windows.py", "datamodules/packing.py", "datamodules/order.py", "datamodules/collate.py"),
+    *("datamodules/mixture.py", "datamodules/document_windows.py", "datamodules/rows.py"),
+    *(f"datamodules/batches/{name}.py" for name in ("plan", "budget", "budget_plan", "global_batch_plan", "settings")),
+    *(f"datamodules/questions/{name}.py" for name in ("question_windows", "question_answering", "answers")),
 ]
 MODULES = sorted(
     info.name
@@ -28,6 +31,9 @@ MODULES = sorted(
         "lightning_llm.callbacks",
         "lightning_llm.callbacks.pieces",
         "lightning_llm.datamodules",
+        "lightning_llm.datamodules.batches",
+        "lightning_llm.datamodules.questions",
+        "lightning_llm.datamodules.streams",
         "lightning_llm.tasks",
     )
     for info in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}.")

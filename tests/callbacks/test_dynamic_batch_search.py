@@ -15,7 +15,7 @@ from torchmetrics import MeanMetric
 from lightning_llm import LLMModule
 from lightning_llm.callbacks import DynamicBatchScaler, TokenWeightedAccumulation
 from lightning_llm.callbacks.pieces import search
-from lightning_llm.datamodules.batch_plan import RowPlan
+from lightning_llm.datamodules.batches.plan import RowPlan
 from lightning_llm.datamodules.loader import RowLoader
 from lightning_llm.datamodules.order import TableOrder
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torchmetrics.functional.text import squad
 from transformers import AutoTokenizer
 
-from lightning_llm.datamodules.answers import best_answers
-from lightning_llm.datamodules.question_answering import encode_questions
-from lightning_llm.datamodules.question_windows import collate_question_windows
+from lightning_llm.datamodules.questions.answers import best_answers
+from lightning_llm.datamodules.questions.question_answering import encode_questions
+from lightning_llm.datamodules.questions.question_windows import collate_question_windows
 from lightning_llm.datamodules.tokenizer import byte_tokenizer
 
 WORDS = ["the", "café", "of", "uncharacteristically", "naïve", "cats", "1990's", "Ångström", "is", "open"]

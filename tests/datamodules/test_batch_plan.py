@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_llm import Schedule
-from lightning_llm.datamodules.batch_plan import Cursor, Layout, RowPlan
-from lightning_llm.datamodules.budget import cost
-from lightning_llm.datamodules.budget_plan import BudgetPlan
-from lightning_llm.datamodules.global_batch_plan import GlobalBatchPlan
+from lightning_llm.datamodules.batches.budget import cost
+from lightning_llm.datamodules.batches.budget_plan import BudgetPlan
+from lightning_llm.datamodules.batches.global_batch_plan import GlobalBatchPlan
+from lightning_llm.datamodules.batches.plan import Cursor, Layout, RowPlan
 from lightning_llm.datamodules.order import TableOrder
 
 LAYOUTS = [(1, 4), (2, 2), (4, 1)]  # ranks, micro-batches: four micro-batches an optimizer step

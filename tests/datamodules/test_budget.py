@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_llm.datamodules.budget import balanced_slots, cost, micro_batches_within
+from lightning_llm.datamodules.batches.budget import balanced_slots, cost, micro_batches_within
 
 LENGTHS = st.lists(st.integers(1, 64), max_size=60).map(lambda x: np.array(x, dtype=np.int64))
 

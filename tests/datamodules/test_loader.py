@@ -5,9 +5,9 @@ from itertools import chain
 import pytest
 from support import dataset_of
 
-from lightning_llm.datamodules.batch_plan import RowPlan
-from lightning_llm.datamodules.budget_plan import BudgetPlan
-from lightning_llm.datamodules.global_batch_plan import GlobalBatchPlan
+from lightning_llm.datamodules.batches.budget_plan import BudgetPlan
+from lightning_llm.datamodules.batches.global_batch_plan import GlobalBatchPlan
+from lightning_llm.datamodules.batches.plan import RowPlan
 from lightning_llm.datamodules.loader import RowLoader
 from lightning_llm.datamodules.order import TableOrder
 from lightning_llm.datamodules.rows import EMPTY_ROW

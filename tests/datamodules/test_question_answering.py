@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lightning_llm.datamodules.question_answering import encode_questions
-from lightning_llm.datamodules.question_windows import collate_question_windows
+from lightning_llm.datamodules.questions.question_answering import encode_questions
+from lightning_llm.datamodules.questions.question_windows import collate_question_windows
 from lightning_llm.datamodules.tokenizer import byte_tokenizer
 
 WORDS = ["the", "cat", "Ångström", "café", "1990's", "naïve", "🙂", "of", "uncharacteristically", "x-y", "日本", "a"]

@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_llm.datamodules.question_answering import encode_questions
-from lightning_llm.datamodules.question_windows import collate_question_windows, max_context_window
+from lightning_llm.datamodules.questions.question_answering import encode_questions
+from lightning_llm.datamodules.questions.question_windows import collate_question_windows, max_context_window
 from lightning_llm.datamodules.tokenizer import byte_tokenizer
 from lightning_llm.datamodules.windows import window_table
 

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_llm.datamodules.shard_sources import open_shards
-from lightning_llm.datamodules.shards import Piece, ShardError, deal, is_in_share
 from lightning_llm.datamodules.sources import CorruptDataError
+from lightning_llm.datamodules.streams.shard_sources import open_shards
+from lightning_llm.datamodules.streams.shards import Piece, ShardError, deal, is_in_share
 
 
 def texts(begin, end):

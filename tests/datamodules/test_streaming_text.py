@@ -11,9 +11,9 @@ import torch
 from stream_training import MODEL, SaveEvery, steps_of, train, write_corpus
 
 from lightning_llm import LLMModule
-from lightning_llm.datamodules.shards import ShardError
-from lightning_llm.datamodules.stream_loader import StreamLoader
 from lightning_llm.datamodules.streaming_text import StreamingTextDataModule, reading_cost
+from lightning_llm.datamodules.streams.loader import StreamLoader
+from lightning_llm.datamodules.streams.shards import ShardError
 from lightning_llm.loss import shift_labels
 
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_llm.datamodules.shard_sources import open_shards
-from lightning_llm.datamodules.shards import ShardError
-from lightning_llm.datamodules.stream_batch import collate_stream_rows
-from lightning_llm.datamodules.stream_loader import StreamLoader, check_num_streams
-from lightning_llm.datamodules.virtual_stream import StreamSettings, VirtualStream
+from lightning_llm.datamodules.streams.batch import collate_stream_rows
+from lightning_llm.datamodules.streams.loader import StreamLoader, check_num_streams
+from lightning_llm.datamodules.streams.shard_sources import open_shards
+from lightning_llm.datamodules.streams.shards import ShardError
+from lightning_llm.datamodules.streams.virtual_stream import StreamSettings, VirtualStream
 
 MAX_LENGTH = 16
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from lightning_llm.datamodules.batch_plan import Cursor, Layout, Planned, in_parts
-from lightning_llm.datamodules.budget import balanced_slots
+from lightning_llm.datamodules.batches.budget import balanced_slots
+from lightning_llm.datamodules.batches.plan import Cursor, Layout, Planned, in_parts
 from lightning_llm.datamodules.order import RowOrder
 from lightning_llm.datamodules.windows import Int64Array
 from lightning_llm.schedule import Progress, Schedule

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_llm.datamodules.question_windows import QuestionWindow, example_name
+from lightning_llm.datamodules.questions.question_windows import QuestionWindow, example_name
 from lightning_llm.datamodules.windows import Int64Array
 
 Float64Array = npt.NDArray[np.float64]
@@ -65,7 +65,7 @@ def best_answers(
     scores the earlier start wins, then the shorter span.
 
     Args:
-        examples: As for :func:`~lightning_llm.datamodules.question_answering.encode_questions`.
+        examples: As for :func:`~lightning_llm.datamodules.questions.question_answering.encode_questions`.
         windows: What that made of them, in any order, all of an example.
         start_logits: One row of logits for each window, padding on the right is ignored.
         end_logits: Likewise.
@@ -81,7 +81,7 @@ def best_answers(
         ValueError: If logits are missing, NaN or +inf; if two examples have one id; or if a limit is below 1.
 
     Example:
-        >>> from lightning_llm.datamodules.question_answering import encode_questions
+        >>> from lightning_llm.datamodules.questions.question_answering import encode_questions
         >>> from lightning_llm.datamodules.tokenizer import byte_tokenizer
         >>> examples = [{"id": "a", "question": "?", "context": "Bob"}]
         >>> windows = encode_questions(examples, byte_tokenizer(), max_length=8, doc_stride=2)

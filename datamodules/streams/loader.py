@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lightning_llm.datamodules.cache import fingerprint
 from lightning_llm.datamodules.loader import check_identity
-from lightning_llm.datamodules.stream_position import (
+from lightning_llm.datamodules.streams.position import (
     Progress,
     Report,
     StreamPosition,
@@ -30,8 +30,8 @@ from lightning_llm.datamodules.stream_position import (
     merge,
     raise_for,
 )
+from lightning_llm.datamodules.streams.virtual_stream import State, StreamRow, StreamSettings, VirtualStream
 from lightning_llm.datamodules.trainer_position import align_batches, is_fitting, trained_batches
-from lightning_llm.datamodules.virtual_stream import State, StreamRow, StreamSettings, VirtualStream
 
 LOOK_AHEAD = 16  # micro-batches that the ranks agree on at once
 

@@ -21,7 +21,7 @@ from lightning_llm.datamodules.collate import Segment
 from lightning_llm.datamodules.mixture import MixtureOrder
 from lightning_llm.datamodules.order import shuffled
 from lightning_llm.datamodules.rows import RowTable, Windowing, make_rows
-from lightning_llm.datamodules.shards import Piece, PieceReader, ShardedSource
+from lightning_llm.datamodules.streams.shards import Piece, PieceReader, ShardedSource
 from lightning_llm.datamodules.windows import Int64Array
 
 Stop = Literal["all_exhausted", "first_exhausted", "each_once"]

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
-from lightning_llm.datamodules.question_windows import (
+from lightning_llm.datamodules.questions.question_windows import (
     EncodedPair,
     Int32Array,
     QuestionWindow,

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from lightning_llm.datamodules.batch_plan import BatchPlan, RowPlan
-from lightning_llm.datamodules.budget_plan import BudgetPlan
+from lightning_llm.datamodules.batches.budget_plan import BudgetPlan
+from lightning_llm.datamodules.batches.global_batch_plan import GlobalBatchPlan
+from lightning_llm.datamodules.batches.plan import BatchPlan, RowPlan
 from lightning_llm.datamodules.collate import Layout
-from lightning_llm.datamodules.global_batch_plan import GlobalBatchPlan
 from lightning_llm.datamodules.order import RowOrder, TableOrder
 from lightning_llm.datamodules.windows import Int64Array
 from lightning_llm.schedule import Schedule

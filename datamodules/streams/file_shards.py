@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from lightning_llm.datamodules.cache import fingerprint
-from lightning_llm.datamodules.shards import (
+from lightning_llm.datamodules.sources import _check_text, _json_field, _no_column
+from lightning_llm.datamodules.streams.shards import (
     MEND,
     Piece,
     PieceReader,
@@ -26,7 +27,6 @@ from lightning_llm.datamodules.shards import (
     ShardError,
     is_in_share,
 )
-from lightning_llm.datamodules.sources import _check_text, _json_field, _no_column
 
 SHARD_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 

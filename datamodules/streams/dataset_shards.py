@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from lightning_llm.datamodules.shards import Piece, PieceReader, Position, Record, ShardedSource, is_in_share
 from lightning_llm.datamodules.sources import _check_text, _no_column
+from lightning_llm.datamodules.streams.shards import Piece, PieceReader, Position, Record, ShardedSource, is_in_share
 
 
 class DatasetShards(ShardedSource):

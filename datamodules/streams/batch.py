@@ -10,7 +10,7 @@ import torch
 
 from lightning_llm.datamodules.collate import Layout, collate_rows
 from lightning_llm.datamodules.rows import EMPTY_ROW
-from lightning_llm.datamodules.virtual_stream import StreamRow
+from lightning_llm.datamodules.streams.virtual_stream import StreamRow
 
 
 def collate_stream_rows(

@@ -9,8 +9,8 @@ from itertools import islice
 
 import numpy as np
 
-from lightning_llm.datamodules.batch_plan import Cursor, Layout, Planned, in_parts
-from lightning_llm.datamodules.budget import micro_batches_within
+from lightning_llm.datamodules.batches.budget import micro_batches_within
+from lightning_llm.datamodules.batches.plan import Cursor, Layout, Planned, in_parts
 from lightning_llm.datamodules.order import shuffled
 from lightning_llm.datamodules.windows import Int64Array
 
@@ -21,9 +21,9 @@ class BudgetPlan:
     """Micro-batches of a fixed number of tokens: as many rows in each as fit.
 
     Rows are drawn into pools, the same in every epoch; a pool's rows are sorted by length and cut by the budget
-    (:func:`~lightning_llm.datamodules.budget.micro_batches_within`). ``group`` micro-batches of like rows follow each
-    other, one optimizer step, so that ranks wait little for each other; the order of groups and pools is another in
-    each epoch, their number the same. Micro-batch i of the epoch goes to rank i mod W.
+    (:func:`~lightning_llm.datamodules.batches.budget.micro_batches_within`). ``group`` micro-batches of like rows
+    follow each other, one optimizer step, so that ranks wait little for each other; the order of groups and pools is
+    another in each epoch, their number the same. Micro-batch i of the epoch goes to rank i mod W.
 
     Args:
         lengths: (num_rows,) tokens in each row.

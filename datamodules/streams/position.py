@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lightning_llm.datamodules.shards import ShardError
-from lightning_llm.datamodules.virtual_stream import State
+from lightning_llm.datamodules.streams.shards import ShardError
+from lightning_llm.datamodules.streams.virtual_stream import State
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any
 
 import fsspec
 
-from lightning_llm.datamodules.dataset_shards import DatasetShards, IterableShards
-from lightning_llm.datamodules.file_shards import SHARD_SUFFIXES, FileShards
-from lightning_llm.datamodules.shards import ShardedSource
+from lightning_llm.datamodules.streams.dataset_shards import DatasetShards, IterableShards
+from lightning_llm.datamodules.streams.file_shards import SHARD_SUFFIXES, FileShards
+from lightning_llm.datamodules.streams.shards import ShardedSource
 
 
 def open_shards(

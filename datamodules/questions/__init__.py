@@ -1,0 +1,1 @@
+"""Extractive question answering over contexts longer than the model: windows, features, answers."""

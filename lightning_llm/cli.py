@@ -63,6 +63,7 @@ def _help() -> str:
 
 
 def _run_trainer(arguments: list[str] | None) -> None:
+    from lightning import LightningDataModule
     from lightning.pytorch.cli import LightningCLI
     from transformers.utils.logging import disable_progress_bar
 
@@ -81,15 +82,34 @@ def _run_trainer(arguments: list[str] | None) -> None:
             """Write what ``predict`` returned."""
             print(f"predictions  {write_predictions(self.trainer)}")
 
+    names_class = _names_data_class(sys.argv[1:] if arguments is None else arguments)
     strict = {"allow_abbrev": False}  # a misspelt argument is an error, not a guess
     TrainingCLI(
         LLMModule,
-        TextDataModule,
+        LightningDataModule if names_class else TextDataModule,
+        subclass_mode_data=names_class,
         args=arguments,
         auto_configure_optimizers=False,
         parser_kwargs={"prog": "lightning-llm", **strict, **dict.fromkeys(TRAINER_COMMANDS, strict)},
         save_config_kwargs={"overwrite": True},
     )
+
+
+def _names_data_class(arguments: Sequence[str]) -> bool:
+    """Whether ``data`` is given as a class (``class_path``), and not as the arguments of ``TextDataModule``."""
+    import yaml
+
+    values = [*arguments[1:], ""]
+    for argument, following in zip(arguments, values, strict=True):
+        option, equals, value = argument.partition("=")
+        value = value if equals else following
+        if option == "--data.class_path" or (option == "--data" and not value.endswith((".yaml", ".yml", ".json"))):
+            return True
+        if option in ("--config", "-c") and Path(value).is_file():
+            data = (yaml.safe_load(Path(value).read_text()) or {}).get("data")
+            if isinstance(data, dict) and "class_path" in data:
+                return True
+    return False
 
 
 def write_predictions(trainer: Any) -> Path:

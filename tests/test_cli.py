@@ -166,3 +166,25 @@ def test_every_config_in_the_repository_parses(path, capsys):
         main(["fit", "--config", str(path), "--print_config"])
     assert stop.value.code == 0
     assert "learning_rate" in capsys.readouterr().out
+
+
+def test_another_data_module_is_named_by_its_class_path(tmp_path):
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": f"document {n} " * 9}) + "\n" for n in range(60)))
+    (tmp_path / "stream.yaml").write_text(
+        f"""
+model:
+  model: {{model_type: llama, vocab_size: 300, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1,
+           num_attention_heads: 2}}
+data:
+  class_path: lightning_llm.datamodules.StreamingTextDataModule
+  init_args: {{data: {tmp_path}/data.jsonl, tokenizer: bytes, max_length: 32, micro_batch_size: 2, num_streams: 2}}
+trainer:
+  {{accelerator: cpu, enable_checkpointing: false, enable_progress_bar: false, log_every_n_steps: 1,
+    default_root_dir: {tmp_path},
+    logger: {{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {{save_dir: {tmp_path}, name: run}}}}}}
+"""
+    )
+    main(["fit", "--config", str(tmp_path / "stream.yaml"), "--trainer.max_steps", "2"])
+    header, *steps = (tmp_path / "run" / "version_0" / "metrics.csv").read_text().splitlines()
+    assert "train/loss" in header
+    assert len(steps) == 2

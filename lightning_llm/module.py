@@ -17,6 +17,7 @@ from lightning_llm.duration import Duration
 from lightning_llm.isolation import PackingLeakError, check_mask, verify_packing
 from lightning_llm.loss import NonFiniteLossError, TokenLoss
 from lightning_llm.optimizers import make_adamw, make_schedule
+from lightning_llm.packed_attention import use_packed_attention
 from lightning_llm.pretrained import build_model, is_complete, resolve_config, resolve_dtype
 from lightning_llm.run_length import total_optimizer_steps
 from lightning_llm.sharding import build_sharded
@@ -387,6 +388,8 @@ class LLMModule(L.LightningModule):
             )
 
     def _prepare_layers(self, model: nn.Module) -> None:
+        if self._trainer is not None and self.attn_implementation is None and self.task.name == "causal-lm":
+            use_packed_attention(model, self._root_device())
         if self.gradient_checkpointing:
             # Newer transformers have renamed the method; the old name must be told not to be reentrant.
             enable: Any = getattr(model, "activation_checkpointing_enable", None)

@@ -114,7 +114,7 @@ class RowLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """What was trained, and of which rows; the same on every rank."""
-        state = {"version": 1, "rows": dict(self.identity), "cursor": self._trained.to_state()}
+        state = {"version": 1, "data": dict(self.identity), "cursor": self._trained.to_state()}
         if isinstance(self.plan, BudgetPlan):
             state["batches"] = [self.plan.budget, self.plan.group, self.plan.total]
         return state
@@ -125,7 +125,7 @@ class RowLoader:
         Raises:
             ValueError: If it was saved over other rows, naming what differs.
         """
-        check_identity(state_dict["rows"], self.identity)
+        check_identity(state_dict["data"], self.identity)
         if isinstance(self.plan, BudgetPlan) and state_dict["batches"][:2] == [self.plan.budget, self.plan.group]:
             self.plan.tell_total(state_dict["batches"][2])
         cursor = Cursor.from_state(state_dict["cursor"])

@@ -7,13 +7,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, get_args
 
-import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from lightning_llm.datamodules.collate import Layout
-from lightning_llm.datamodules.loader import check_identity
 from lightning_llm.datamodules.mixture import temperature_weights
+from lightning_llm.datamodules.resumable import ResumableDataModule
 from lightning_llm.datamodules.rows import Windowing
 from lightning_llm.datamodules.streams.batch import collate_stream_rows
 from lightning_llm.datamodules.streams.file_shards import FileShards
@@ -32,7 +31,7 @@ _STAGES: dict[str | None, tuple[_Split, ...]] = {
 }
 
 
-class StreamingTextDataModule(L.LightningDataModule):
+class StreamingTextDataModule(ResumableDataModule):
     """Train a language model on text that is read, encoded, shuffled and packed on the way; nothing is kept on disk.
 
     The data is dealt to ``num_streams`` virtual streams, and each of the R ranks reads those of its number modulo R. So
@@ -109,7 +108,7 @@ class StreamingTextDataModule(L.LightningDataModule):
         storage_options: dict[str, Any] | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(tokenizer, pin_memory)
         self.data = _named(data)
         self.validation_data = _named(validation_data) if validation_data is not None else {}
         unknown = sorted(set(self.validation_data) - set(self.data))
@@ -152,13 +151,8 @@ class StreamingTextDataModule(L.LightningDataModule):
         self.shuffle = shuffle
         self.seed = seed
         self.num_workers = num_workers
-        self.pin_memory = pin_memory
         self.trust_remote_code = trust_remote_code
-        self._tokenizer = tokenizer
-        self._ready: PreTrainedTokenizerBase | None = None
         self._sources: dict[_Split, dict[str, ShardedSource]] = {}
-        self._train_loader: StreamLoader | None = None
-        self._loaded_state: dict[str, Any] | None = None
 
     # ---- Lightning's hooks ---------------------------------------------------------------------------------------
 
@@ -181,9 +175,7 @@ class StreamingTextDataModule(L.LightningDataModule):
         loader = self._loader("train", self.micro_batch_size)
         if self.trainer is not None:
             loader.epoch = self.trainer.current_epoch
-        if self._loaded_state is not None:
-            loader.load_state_dict(self._loaded_state)
-        self._train_loader = loader
+        self._resumed(loader)
         return loader
 
     def val_dataloader(self) -> StreamLoader | list[Any]:
@@ -198,35 +190,7 @@ class StreamingTextDataModule(L.LightningDataModule):
         """As in validation."""
         return self.val_dataloader()
 
-    def state_dict(self) -> dict[str, Any]:
-        """What was trained up to the last optimizer step; the same on every rank, loadable on any layout."""
-        return self._train_loader.state_dict() if self._train_loader is not None else {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the checkpoint was saved.
-
-        Raises:
-            ValueError: If it was saved over other data or settings, naming what changed.
-        """
-        if "train" in self._sources:
-            check_identity(state_dict["data"], self._identity("train"))
-        self._loaded_state = state_dict
-        if self._train_loader is not None:
-            self._train_loader.load_state_dict(state_dict)
-
-    def teardown(self, stage: str) -> None:
-        """Forget the run's position: another ``fit`` begins anew, or loads its own."""
-        if stage == "fit":
-            self._train_loader = self._loaded_state = None
-
     # ---- what others may ask -------------------------------------------------------------------------------------
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, loaded on first use."""
-        if self._ready is None:
-            self._ready = self._make_tokenizer()
-        return self._ready
 
     @property
     def source_names(self) -> list[str]:
@@ -318,13 +282,7 @@ class StreamingTextDataModule(L.LightningDataModule):
     def _loader(self, split: _Split, micro_batch_size: int) -> StreamLoader:
         if split not in self._sources:
             self.setup({"train": "fit", "validation": "validate"}[split])
-        trainer = self.trainer
-        # The data-parallel layout, which is not the world where a strategy splits the model itself.
-        strategy = trainer.strategy if trainer is not None else None
-        ranks = getattr(strategy, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
-        pin = self.pin_memory
-        if pin is None:
-            pin = strategy is not None and strategy.root_device.type == "cuda"
+        rank, num_ranks = self._ranks()
         collate = partial(
             collate_stream_rows,
             pad_token_id=self._pad_token_id(),
@@ -336,19 +294,16 @@ class StreamingTextDataModule(L.LightningDataModule):
             self._settings(split),
             micro_batch_size,
             collate,
-            rank=ranks["rank"],
-            num_ranks=ranks["num_replicas"],
+            rank=rank,
+            num_ranks=num_ranks,
             num_workers=self.num_workers,
-            pin_memory=pin,
-            trainer=trainer if split == "train" else None,
+            pin_memory=self._pins_memory(),
+            trainer=self.trainer if split == "train" else None,
             identity=self._identity(split),
         )
 
-    def _pad_token_id(self) -> int:
-        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if token is not None:
-                return int(token)
-        return 0
+    def _training_identity(self) -> dict[str, Any] | None:
+        return self._identity("train") if "train" in self._sources else None
 
     def _make_tokenizer(self) -> PreTrainedTokenizerBase:
         if not isinstance(self._tokenizer, str):

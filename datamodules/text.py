@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info
@@ -15,9 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from lightning_llm.datamodules.batches.plan import RowPlan
 from lightning_llm.datamodules.batches.settings import Batching, BatchSettings
 from lightning_llm.datamodules.cache import default_cache_dir
-from lightning_llm.datamodules.loader import RowLoader, check_identity
+from lightning_llm.datamodules.loader import RowLoader
 from lightning_llm.datamodules.mixed_rows import MixedOrder, MixedRowDataset, mixture_weights
 from lightning_llm.datamodules.order import RowOrder, TableOrder
+from lightning_llm.datamodules.resumable import ResumableDataModule
 from lightning_llm.datamodules.rows import RowDataset, RowTable, Windowing
 from lightning_llm.datamodules.sources import STDLIB
 from lightning_llm.datamodules.summary import describe_source, plot_lengths, zlib_bits_per_byte
@@ -34,7 +34,7 @@ _STAGES: dict[str | None, tuple[Split, ...]] = {
 }
 
 
-class TextDataModule(L.LightningDataModule):
+class TextDataModule(ResumableDataModule):
     """Train a language model on long texts, cut and packed into rows of ``max_length`` tokens.
 
     Tokens are written to disk once and memory-mapped; rows are an index over them, so changing ``max_length``,
@@ -127,7 +127,7 @@ class TextDataModule(L.LightningDataModule):
         cache_dir: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(tokenizer, pin_memory)
         sizes = {
             "micro_batch_size": micro_batch_size,
             "micro_batch_tokens": micro_batch_tokens,
@@ -159,7 +159,6 @@ class TextDataModule(L.LightningDataModule):
         self.seed = seed
         self.drop_last = drop_last
         self.num_workers = num_workers
-        self.pin_memory = pin_memory
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         self.trust_remote_code = trust_remote_code
         self.sources = {
@@ -181,11 +180,7 @@ class TextDataModule(L.LightningDataModule):
             for name, each in named_sources(data).items()
         }
         check_weights(weights, self.sources)
-        self._tokenizer = tokenizer
-        self._ready: PreTrainedTokenizerBase | None = None
         self._rows: dict[Split, dict[str, SplitRows]] = {}
-        self._train_loader: RowLoader | None = None
-        self._loaded_state: dict[str, Any] | None = None
         self._summarized = False
 
     # ---- Lightning's hooks ---------------------------------------------------------------------------------------
@@ -207,10 +202,7 @@ class TextDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> RowLoader:
         """Rows of the training documents, in a new order each epoch; from the loaded position, if there is one."""
-        loader = self._make_train_loader()
-        if self._loaded_state is not None:
-            loader.load_state_dict(self._loaded_state)
-        self._train_loader = loader
+        loader: RowLoader = self._resumed(self._make_train_loader())
         return loader
 
     def val_dataloader(self) -> RowLoader | list[Any]:
@@ -225,41 +217,7 @@ class TextDataModule(L.LightningDataModule):
         """Rows of the test documents, to be scored."""
         return self._make_eval_loader("test")
 
-    def state_dict(self) -> dict[str, Any]:
-        """What was trained up to the last optimizer step; the same on every rank, loadable on any layout."""
-        return self._train_loader.state_dict() if self._train_loader is not None else {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the checkpoint was saved.
-
-        Raises:
-            ValueError: If it was saved over other data or settings, naming what changed.
-        """
-        if "train" in self._rows:
-            check_identity(state_dict["rows"], self._identity())
-        self._loaded_state = state_dict
-        if self._train_loader is not None:
-            self._train_loader.load_state_dict(state_dict)
-
-    def teardown(self, stage: str) -> None:
-        """Forget the run's position: another ``fit`` begins anew, or loads its own."""
-        if stage == "fit":
-            self._train_loader = self._loaded_state = None
-
     # ---- what others may ask -------------------------------------------------------------------------------------
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, loaded or trained on first use."""
-        if self._ready is None:
-            self._ready = prepare_tokenizer(
-                self._tokenizer,
-                self.sources.values(),
-                self.cache_dir,
-                vocab_size=self.vocab_size,
-                trust_remote_code=self.trust_remote_code,
-            )
-        return self._ready
 
     @property
     def source_names(self) -> list[str]:
@@ -392,7 +350,7 @@ class TextDataModule(L.LightningDataModule):
             trainer=self.trainer,
             num_workers=self.num_workers,
             pin_memory=self._pins_memory(),
-            identity=self._identity(),
+            identity=self._training_identity(),
         )
 
     def _make_eval_loader(self, split: Split) -> RowLoader:
@@ -406,17 +364,6 @@ class TextDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=self._pins_memory(),
         )
-
-    def _ranks(self) -> tuple[int, int]:
-        """Rank and number of ranks that split the data: not the world, where a strategy splits the model itself."""
-        strategy = self.trainer.strategy if self.trainer is not None else None
-        layout = getattr(strategy, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
-        return layout["rank"], layout["num_replicas"]
-
-    def _pins_memory(self) -> bool:
-        if self.pin_memory is None:
-            return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        return self.pin_memory
 
     def _check_trainer(self) -> None:
         """Refuse two that both decide how much an optimizer step holds."""
@@ -434,8 +381,9 @@ class TextDataModule(L.LightningDataModule):
         sizes = {name: len(rows.table) for name, rows in self._rows["train"].items()}
         return mixture_weights(sizes, self.weights, self.temperature)
 
-    def _identity(self) -> dict[str, Any]:
-        """What the position in a checkpoint is a position in."""
+    def _training_identity(self) -> dict[str, Any] | None:
+        if "train" not in self._rows:
+            return None
         settings: dict[str, Any] = {
             "max_length": self.max_length,
             "windowing": self.windowing,
@@ -451,13 +399,16 @@ class TextDataModule(L.LightningDataModule):
             settings |= {
                 f"{prefix}documents": len(documents),
                 f"{prefix}tokens": len(store.tokens),
-                f"{prefix}content": getattr(store, "digest", ""),
+                f"{prefix}content": store.digest,
                 f"{prefix}rows": len(table),
             }
         return settings
 
-    def _pad_token_id(self) -> int:
-        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if token is not None:
-                return int(token)
-        return 0
+    def _make_tokenizer(self) -> PreTrainedTokenizerBase:
+        return prepare_tokenizer(
+            self._tokenizer,
+            self.sources.values(),
+            self.cache_dir,
+            vocab_size=self.vocab_size,
+            trust_remote_code=self.trust_remote_code,
+        )

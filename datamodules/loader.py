@@ -167,9 +167,10 @@ class RowLoader:
 
     def longest_batch(self) -> dict[str, Tensor]:
         """A micro-batch of the longest rows, for whoever wants to know what memory the worst one takes."""
-        longest = np.argsort(self.dataset.table.row_lengths, kind="stable")[::-1]
-        first = next(iter(self.plan.batches(Cursor(), self._layout)))
-        return self.dataset[longest[: max(len(first.rows), 1)].tolist()]
+        lengths = self.dataset.table.row_lengths
+        longest = np.argsort(lengths, kind="stable")[::-1]
+        number = self.plan.most_rows(lengths[longest], self._layout)
+        return self.dataset[longest[: max(number, 1)].tolist()]
 
     # ---- details -------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import lightning as L
 from transformers import PreTrainedTokenizerBase
 
 from lightning_llm.datamodules.loader import check_identity
+from lightning_llm.datamodules.trainer_position import is_fitting
 
 
 class ResumableDataModule(L.LightningDataModule):
@@ -55,6 +56,8 @@ class ResumableDataModule(L.LightningDataModule):
         Raises:
             ValueError: If it was saved over other data or settings, naming what changed.
         """
+        if self.trainer is not None and not is_fitting(self.trainer):
+            return  # a checkpoint that is only evaluated
         identity = self._training_identity()
         if identity is not None:
             check_identity(state_dict["data"], identity)
@@ -62,8 +65,8 @@ class ResumableDataModule(L.LightningDataModule):
         if self._train_loader is not None:
             self._train_loader.load_state_dict(state_dict)
 
-    def teardown(self, stage: str) -> None:
-        """Forget the run's position: another ``fit`` begins anew, or loads its own."""
+    def setup(self, stage: str | None = None) -> None:
+        """Forget an earlier run's position: a ``fit`` begins anew, or loads its own."""
         if stage == "fit":
             self._train_loader = self._loaded_state = None
 

@@ -55,7 +55,7 @@ def build_store(
         for batch, encoded in _encoded(documents, encode):
             measured = _measure(batch, encoded)
             ids = np.concatenate(encoded)
-            _check_ids(ids, measured[0], batch, len(token_bytes))
+            check_ids(ids, measured[0], batch, len(token_bytes))
             stored = ids.astype(dtype)
             file.write(stored.data)
             digest.update(stored.data)
@@ -123,8 +123,18 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _check_ids(ids: npt.NDArray[np.int64], lengths: Int64Array, batch: Sequence[Document], vocab_size: int) -> None:
-    """Refuse ids without a place in the vocabulary; in the file's unsigned integers they would become others."""
+def check_ids(ids: npt.NDArray[np.int64], lengths: Int64Array, batch: Sequence[Document], vocab_size: int) -> None:
+    """Refuse ids without a place in the vocabulary; in unsigned integers they would become others.
+
+    Args:
+        ids: Of all documents, end to end.
+        lengths: (num_documents,) ids of each document.
+        batch: The documents, for the message.
+        vocab_size: Number of tokens.
+
+    Raises:
+        ValueError: Naming the first such id and its document.
+    """
     if not len(ids) or (ids.max() < vocab_size and ids.min() >= 0):
         return
     at = int(np.argmax((ids >= vocab_size) | (ids < 0)))

@@ -20,6 +20,7 @@ from lightning_llm.datamodules.streams.loader import StreamLoader
 from lightning_llm.datamodules.streams.shard_sources import open_shards
 from lightning_llm.datamodules.streams.shards import ShardedSource
 from lightning_llm.datamodules.streams.virtual_stream import Stop, StreamSettings
+from lightning_llm.datamodules.text_settings import check_weights, check_windowing
 from lightning_llm.datamodules.tokenizer import byte_tokenizer, encoder, load_tokenizer, token_bytes
 
 _Split = Literal["train", "validation"]
@@ -67,7 +68,7 @@ class StreamingTextDataModule(ResumableDataModule):
         append_eos: End each document with the tokenizer's end-of-text token.
         min_length: Documents with fewer tokens are left out.
         skip_corrupt: Leave out unreadable records with a warning, instead of stopping at the first.
-        shuffle: Shuffle shards, and the rows of each pool, anew in each epoch.
+        shuffle: Shuffle shards, and the rows of each pool, anew in each epoch, which begins elsewhere in them.
         seed: Of that order.
         num_workers: Processes of a rank that read and encode; each takes some of its streams.
         pin_memory: Page-lock batches for copies to a GPU; None does so where there is one.
@@ -117,10 +118,13 @@ class StreamingTextDataModule(ResumableDataModule):
                 f"`validation_data` must name sources of `data` ({sorted(self.data)}), but names {unknown}. For a "
                 f"mixture both are mappings, for a single source neither is."
             )
-        if weights is not None and set(weights) != set(self.data):
-            raise ValueError(f"`weights` must name the sources {sorted(self.data)}, but names {sorted(weights)}.")
-        _check_choice("windowing", windowing, Windowing)
+        check_weights(weights, self.data)
+        if not temperature > 0:
+            raise ValueError(f"`temperature` must be above 0, but got {temperature}.")
+        check_windowing("windowing", windowing, "stride", stride, max_length)
         _check_choice("stop", stop, Stop)
+        if layout is not None:
+            _check_choice("layout", layout, Layout)
         is_packed = windowing in ("packed", "wrapped")
         if layout == "padded" and is_packed:
             raise ValueError(f"layout='padded' is for rows of one document, but windowing is {windowing!r}.")
@@ -162,6 +166,10 @@ class StreamingTextDataModule(ResumableDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Find the shards; no document is read yet."""
+        super().setup(stage)
+        self._find_shards(stage)
+
+    def _find_shards(self, stage: str | None) -> None:
         for split in _STAGES.get(stage, ("train", "validation")):
             if split not in self._sources:
                 data = self.data if split == "train" else self.validation_data
@@ -252,6 +260,7 @@ class StreamingTextDataModule(ResumableDataModule):
             shuffle=self.shuffle,
             seed=self.seed,
             stop=self.stop,
+            vocab_size=len(self.tokenizer),
         )
         if split == "train":
             return settings
@@ -281,7 +290,7 @@ class StreamingTextDataModule(ResumableDataModule):
 
     def _loader(self, split: _Split, micro_batch_size: int) -> StreamLoader:
         if split not in self._sources:
-            self.setup({"train": "fit", "validation": "validate"}[split])
+            self._find_shards({"train": "fit", "validation": "validate"}[split])
         rank, num_ranks = self._ranks()
         collate = partial(
             collate_stream_rows,

@@ -193,6 +193,10 @@ class TextDataModule(ResumableDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Map the tokens into memory and lay out the rows that the stage needs."""
+        super().setup(stage)
+        self._lay_out_stage(stage)
+
+    def _lay_out_stage(self, stage: str | None) -> None:
         for split in _STAGES.get(stage, ("train", "validation", "test")):
             if split not in self._rows and (split != "validation" or self._has_validation):
                 self._rows[split] = self._lay_out(split)
@@ -280,7 +284,7 @@ class TextDataModule(ResumableDataModule):
             A matplotlib figure; ``figure.savefig(path)`` writes it.
         """
         if split not in self._rows:
-            self.setup({"train": "fit", "validation": "validate", "test": "test"}[split])
+            self._lay_out_stage({"train": "fit", "validation": "validate", "test": "test"}[split])
         rows = self._rows[split]
         lengths = {self.sources[n].title(n): r.store.lengths[r.documents] for n, r in rows.items()}
         return plot_lengths(lengths, self.max_length)
@@ -310,7 +314,7 @@ class TextDataModule(ResumableDataModule):
 
     def _dataset(self, split: Split) -> RowDataset | MixedRowDataset:
         if split not in self._rows:
-            self.setup({"train": "fit", "validation": "validate", "test": "test"}[split])
+            self._lay_out_stage({"train": "fit", "validation": "validate", "test": "test"}[split])
         is_train = split == "train"
         datasets = {
             name: RowDataset(

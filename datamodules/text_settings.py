@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -65,7 +66,7 @@ def check_windowing(name: str, windowing: str, option: str, stride: int | None, 
 
 
 def check_weights(weights: dict[str, float] | None, sources: Mapping[str, Any]) -> None:
-    """Refuse weights that do not name every source of a mixture."""
+    """Refuse weights that do not name every source of a mixture, or are not above 0."""
     if weights is None:
         return
     if set(weights) != set(sources) or "" in sources:
@@ -73,3 +74,9 @@ def check_weights(weights: dict[str, float] | None, sources: Mapping[str, Any]) 
             f"`weights` names every source of a mixture, but got {sorted(weights)} for the sources "
             f"{sorted(sources) if '' not in sources else 'of a single `data`'}."
         )
+    for name, weight in weights.items():
+        if not 0 < weight < math.inf:
+            raise ValueError(
+                f"`weights` must be above 0 and finite, but got {weight} for {name!r}. Leave out a source that is not "
+                f"to be drawn."
+            )

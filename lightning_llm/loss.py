@@ -114,10 +114,13 @@ class _SummedNLL(torch.autograd.Function):
         return (log_sums - chosen).masked_fill(~has_target, 0.0).sum()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, None]:
         """Row t: grad_total * (softmax(z_t) - one-hot(y_t)), 0 where there is no target."""
         logits, index, has_target, log_sums = ctx.saved_tensors
+        if torch.is_grad_enabled():  # `create_graph`: the gradient is to be differentiated in turn
+            one_hot = F.one_hot(index, logits.shape[-1])
+            gradient = (_accumulation_dtype(logits).softmax(-1) - one_hot) * has_target[:, None] * grad_total
+            return gradient.to(logits.dtype), None
         gradient = torch.empty_like(logits)
         in_place = logits.dtype == log_sums.dtype  # half types are rounded once, at the end
         for part in _slices(logits):

@@ -14,7 +14,7 @@ from torchmetrics import Metric
 
 from lightning_llm.loss import TokenLoss
 
-_SUMS = ("total_nats", "num_tokens", "num_bytes", "num_words")
+_SUMS = ("total_nats", "num_tokens", "num_bytes", "num_words", "byte_nats", "word_nats")
 
 
 class LanguageModelingMetrics(Metric):
@@ -55,6 +55,8 @@ class LanguageModelingMetrics(Metric):
     num_tokens: Tensor
     num_bytes: Tensor
     num_words: Tensor
+    byte_nats: Tensor  # of the batches that say how many bytes they stand for
+    word_nats: Tensor
     source_sums: Tensor
 
     def __init__(self, source_names: Iterable[str] = (), **kwargs: Any) -> None:
@@ -98,7 +100,8 @@ class LanguageModelingMetrics(Metric):
         Raises:
             ValueError: If there are ``source_ids``, but something else is not given row by row.
         """
-        sums = [None if x is None else x.detach().to(self.total_nats) for x in (*loss, num_bytes, num_words)]
+        nats = (None if counted is None else loss.total for counted in (num_bytes, num_words))
+        sums = [None if x is None else x.detach().to(self.total_nats) for x in (*loss, num_bytes, num_words, *nats)]
         for name, values in zip(_SUMS, sums, strict=True):
             if values is not None:
                 getattr(self, name).add_(values.sum())
@@ -150,20 +153,22 @@ def distinct_names(names: Iterable[str]) -> list[str]:
     return distinct
 
 
-def _ratios(nats: Tensor, num_tokens: Tensor, num_bytes: Tensor, num_words: Tensor) -> dict[str, Tensor]:
+def _ratios(
+    nats: Tensor, num_tokens: Tensor, num_bytes: Tensor, num_words: Tensor, byte_nats: Tensor, word_nats: Tensor
+) -> dict[str, Tensor]:
     loss = nats / num_tokens
     values = {"loss": loss, "perplexity": loss.exp()}
     if num_bytes > 0:
-        values["bits_per_byte"] = nats / (math.log(2) * num_bytes)
+        values["bits_per_byte"] = byte_nats / (math.log(2) * num_bytes)
     if num_words > 0:
-        values["bits_per_word"] = nats / (math.log(2) * num_words)
-        values["word_perplexity"] = (nats / num_words).exp()
+        values["bits_per_word"] = word_nats / (math.log(2) * num_words)
+        values["word_perplexity"] = (word_nats / num_words).exp()
     return values
 
 
 def _check_rows(sums: Sequence[Tensor | None], source_ids: Tensor) -> None:
     names = ("loss.total", "loss.num_tokens", "num_bytes", "num_words")
-    for name, values in zip(names, sums, strict=True):
+    for name, values in zip(names, sums[: len(names)], strict=True):
         if values is not None and values.shape != source_ids.shape:
             raise ValueError(
                 f"With `source_ids` of shape {tuple(source_ids.shape)}, `{name}` must have one entry per row too, but "

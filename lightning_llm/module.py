@@ -370,7 +370,7 @@ class LLMModule(L.LightningModule):
             return batch
         if batch.get("attention_mask") is None:
             self._check_isolation()
-        elif not self._masks_checked:  # only once, as it makes the host wait for the device
+        elif not self._masks_checked or self.device.type == "cpu":  # elsewhere the host would wait for the device
             self._refuse_or_unpack(lambda: check_mask(batch))
             self._masks_checked = True
         return unpack_documents(batch) if self._unpacks else batch

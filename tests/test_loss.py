@@ -88,3 +88,32 @@ def test_loss_equals_transformers_own_loss():
 
 def test_mean_divides_by_the_tokens():
     assert TokenLoss(torch.tensor(6.0), torch.tensor(4)).mean == 1.5
+
+
+def test_second_derivatives_are_those_of_torch():
+    torch.manual_seed(0)
+    labels = torch.tensor([[1, 2, -100, 0, 3]])
+    found = []
+    for function in (lambda z: token_cross_entropy(z, labels).total, lambda z: token_nll(z, labels).sum()):
+        logits = torch.randn(1, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        logits.requires_grad_()
+        loss = function(logits)
+        (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+        (loss + 10 * gradient.square().sum()).backward()
+        found.append(logits.grad)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("label", [4, -1, -101])
+def test_labels_out_of_range_are_an_error(label):
+    with pytest.raises((IndexError, RuntimeError)):
+        token_cross_entropy(torch.zeros(1, 3, 4), torch.tensor([[0, label, 1]]))
+
+
+def test_logits_of_any_strides_are_read_right():
+    logits = torch.randn(4, 3, 2, dtype=torch.float64).permute(2, 1, 0).requires_grad_()
+    labels = torch.tensor([[0, 1, 2], [3, -100, 1]])
+    token_cross_entropy(logits, labels).total.backward()
+    gradient, logits.grad = logits.grad, None
+    token_nll(logits, labels).sum().backward()
+    torch.testing.assert_close(gradient, logits.grad, rtol=1e-12, atol=1e-12)

@@ -18,6 +18,15 @@ SMALL = {
         "budgets": {0: None, 2: 400, 4: None},
     },
     "02_exact_accumulation": {"max_steps": 4, "global_batch": 8, "num_rows": 30, "vocab_size": 300, "hidden_size": 16},
+    "04_long_sequences_data": {
+        "max_steps": 10,
+        "vocab_size": 300,
+        "long_length": 256,
+        "max_length": 64,
+        "hidden_size": 32,
+        "validation_fraction": 0.1,
+        "num_rows": 20_000,
+    },
 }
 WRITTEN = {"01_quickstart": "huggingface/last/model.safetensors"}
 

@@ -94,6 +94,11 @@ class BudgetPlan:
         """Micro-batches taken over all ranks, by the number of ranks."""
         return in_parts(cursor.batches, layout.num_ranks)
 
+    def most_rows(self, lengths: Int64Array, layout: Layout) -> int:
+        """As many as the budget holds."""
+        taken = np.arange(1, len(lengths) + 1) * lengths.max(initial=0) if self.padded else np.cumsum(lengths)
+        return int(np.searchsorted(taken, self.budget, side="right"))
+
     def end_of_epoch(self, cursor: Cursor) -> Cursor:
         """All pools taken."""
         return replace(cursor, rows=len(self.lengths)).next_epoch(cursor.epoch + 1)

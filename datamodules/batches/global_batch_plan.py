@@ -80,6 +80,10 @@ class GlobalBatchPlan:
         """Steps taken, each of ``layout.micro_batches``."""
         return cursor.steps * layout.micro_batches
 
+    def most_rows(self, lengths: Int64Array, layout: Layout) -> int:
+        """A micro-batch's even share of the schedule's largest step."""
+        return in_parts(self.rows_for(max(self.global_batch.values)), layout.micro_batches * layout.num_ranks)
+
     def end_of_epoch(self, cursor: Cursor) -> Cursor:
         """All steps taken."""
         return self._at_end(cursor).next_epoch(cursor.epoch + 1)

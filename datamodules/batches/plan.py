@@ -108,6 +108,9 @@ class BatchPlan(Protocol):
     def batches_before(self, cursor: Cursor, layout: Layout) -> int:
         """How many of this epoch came before the cursor, had the layout always been this one."""
 
+    def most_rows(self, lengths: Int64Array, layout: Layout) -> int:
+        """How many rows a micro-batch may hold, were they the first of ``lengths``."""
+
     def end_of_epoch(self, cursor: Cursor) -> Cursor:
         """Where the run stands once all that is left of the epoch is trained, at the start of the next one."""
 
@@ -150,6 +153,10 @@ class RowPlan:
     def batches_before(self, cursor: Cursor, layout: Layout) -> int:
         """Rows taken, in micro-batches."""
         return in_parts(cursor.rows, self.micro_batch_size * layout.num_ranks)
+
+    def most_rows(self, lengths: Int64Array, layout: Layout) -> int:
+        """Always the same."""
+        return self.micro_batch_size
 
     def end_of_epoch(self, cursor: Cursor) -> Cursor:
         """All rows taken."""

@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+
+from lightning_llm.datamodules.cache import fingerprint
 from lightning_llm.datamodules.sources import _check_text, _no_column
 from lightning_llm.datamodules.streams.shards import Piece, PieceReader, Position, Record, ShardedSource, is_in_share
+
+_SAMPLED_ROWS = 16  # the first, the last and some in between tell data sets of as many rows apart
 
 
 class DatasetShards(ShardedSource):
@@ -17,6 +22,9 @@ class DatasetShards(ShardedSource):
         name: For messages.
         text_column: The column that holds the text.
         skip_corrupt: Leave out rows whose text is none, with a warning, instead of raising.
+
+    Raises:
+        ValueError: If it has no such column, or no row.
     """
 
     def __init__(self, dataset: Any, name: str, text_column: str, skip_corrupt: bool = False) -> None:
@@ -27,7 +35,15 @@ class DatasetShards(ShardedSource):
         self.text_column = text_column
         self.skip_corrupt = skip_corrupt
         self.sizes = [len(dataset)]
-        self.identity = {"rows": len(dataset), "text_column": text_column, "skip_corrupt": skip_corrupt}
+        if not self.sizes[0]:
+            raise ValueError(f"{name} has no row, so there is nothing to train or validate on. Check its split.")
+        some = np.unique(np.linspace(0, len(dataset) - 1, _SAMPLED_ROWS).astype(int))
+        self.identity = {
+            "rows": len(dataset),
+            "text of some rows": fingerprint(map(repr, self.dataset[some.tolist()][text_column])),
+            "text_column": text_column,
+            "skip_corrupt": skip_corrupt,
+        }
 
     def read(self, piece: Piece, position: Position = None) -> PieceReader:
         """Read rows, some at a time; the position is a row."""
@@ -73,6 +89,7 @@ class IterableShards(ShardedSource):
         self.identity = {
             "number of shards": dataset.num_shards,
             "columns": list(dataset.column_names or []),
+            "data set": " ".join(str(x) for x in _origin(dataset) if x is not None),
             "text_column": text_column,
             "skip_corrupt": skip_corrupt,
         }
@@ -99,6 +116,11 @@ class IterableShards(ShardedSource):
             if is_in_share(number - 1, piece, self.sizes[piece.shard]):
                 name = f"{self.name}, example {number - 1} of shard {piece.shard}"
                 yield name, _text_of(self.text_column, batch[self.text_column][0]), _state_of(shard, number)
+
+
+def _origin(dataset: Any) -> tuple[Any, ...]:
+    info = dataset.info
+    return info.builder_name, info.config_name, info.version, dataset.split
 
 
 def _state_of(shard: Any, number: int) -> Callable[[], dict[str, Any]]:

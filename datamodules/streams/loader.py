@@ -6,13 +6,15 @@ what an optimizer step holds does not depend on how its rows are split.
 
 Every few micro-batches the ranks tell each other what they have read ahead: which micro-batches hold a row, where the
 streams stood, and whether reading failed. So all ranks yield equally many batches, one that has run dry empty ones; a
-failure is raised by all at once; and each knows the state of all streams, so that saving needs no communication.
+failure is raised by all at once; and each knows the state of all streams, so that saving needs no communication. All
+that can fail, batches made and page-locked included, comes before they speak: no rank waits for one that has stopped.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import lightning as L
@@ -164,26 +166,32 @@ class StreamLoader:
         while True:
             begin = at
             window, cursors, error = self._read_ahead(slots, at)
-            is_filled = [any(rows) for rows, _ in window]
+            is_filled = [has_row for has_row, _ in window]
             reports = self.agree(Report(is_filled, cursors, slots.have_ended, describe(error), data))
             raise_for(error, reports)
             progress.add_round(begin, merge(reports, self.settings.num_streams))
-            for number, (rows, positions) in enumerate(window):
+            for number in range(len(window)):
                 at += self._positions_per_batch
+                _, batch = window.pop(0)  # not held any longer than its turn
                 if any(report.is_filled[number] for report in reports):
                     num_slots += self._positions_per_batch
                     progress.deliver(at, num_slots, self._count_trained())
-                    yield self._make_batch(rows, positions)
+                    yield batch
             if all(report.has_ended for report in reports):
-                return
+                break
+        if not num_slots:
+            raise _no_row(self.settings)
 
-    def _read_ahead(self, slots: _Slots, at: int) -> tuple[list[_Batch], dict[int, State | None], Exception | None]:
-        """The next micro-batches, where the streams stood before them, and what went wrong: all ranks must hear."""
+    def _read_ahead(
+        self, slots: _Slots, at: int
+    ) -> tuple[list[tuple[bool, dict[str, Any]]], dict[int, State | None], Exception | None]:
+        """The next micro-batches and whether they hold a row, where the streams stood before, and what went wrong."""
         cursors = slots.cursors
         try:
             slots.skip_to(at)
             cursors = dict(slots.cursors)
-            return [slots.take(at + number * self._positions_per_batch) for number in range(LOOK_AHEAD)], cursors, None
+            taken = (slots.take(at + number * self._positions_per_batch) for number in range(LOOK_AHEAD))
+            return [(any(rows), self._make_batch(rows, positions)) for rows, positions in taken], cursors, None
         except Exception as error:
             return [], cursors, error
 
@@ -213,8 +221,13 @@ class _Slots:
         mine = range(self.rank, self.num_streams, self.num_ranks)
         self.cursors: dict[int, State | None] = {v: start.cursors[v] if start.cursors else None for v in mine}
         self._at = start.cursors_at + (self.rank - start.cursors_at) % self.num_ranks
-        rows = _StreamRows(loader.settings, start.epoch, self._at, self.num_ranks, self.cursors)
-        self._rows = _in_workers(rows, loader.num_workers, len(mine), loader.micro_batch_size)
+        self._stream_rows = _StreamRows(loader.settings, start.epoch, self._at, self.num_ranks, self.cursors)
+        self._num_workers = loader.num_workers
+
+    @cached_property
+    def _rows(self) -> Iterator[tuple[int, StreamRow | None, State]]:
+        # Begun with the first row and not before: workers that do not start are an error that all ranks hear of.
+        return _in_workers(self._stream_rows, self._num_workers, len(self.cursors), self.micro_batch_size)
 
     @property
     def have_ended(self) -> bool:
@@ -291,6 +304,15 @@ def check_num_streams(num_streams: int, num_ranks: int) -> None:
             f"and {num_ranks} ranks. Pass num_streams={good}. A run keeps its num_streams when it is resumed: choose "
             f"one that every number of ranks divides that it may run on, 48 say."
         )
+
+
+def _no_row(settings: StreamSettings) -> ValueError:
+    names = ", ".join(source.name for source in settings.sources)
+    return ValueError(
+        f"There is nothing to train or validate on: {names} gave no row in a whole epoch. All texts are empty or shorter "
+        f"than min_length={settings.min_length} tokens, or unreadable and left out by skip_corrupt=True, or a filter of "
+        f"the data set leaves none. Check the data and these settings."
+    )
 
 
 def _follow(trainer: L.Trainer, batches: int) -> None:

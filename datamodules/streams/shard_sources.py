@@ -36,7 +36,8 @@ def open_shards(
 
     Raises:
         FileNotFoundError: If nothing is there.
-        ValueError: If what is there is empty or of an unknown kind.
+        ValueError: If what is there is empty or of an unknown kind, if a file is named twice, or if an address is a
+            chain of file systems.
     """
     options: dict[str, Any] = {"text_column": text_column, "skip_corrupt": skip_corrupt}
     if not isinstance(data, (str, Path)) and hasattr(data, "column_names"):
@@ -49,6 +50,9 @@ def open_shards(
             return _shards_of(found, name, split, options)
     files = [file for entry in entries for file in _find_files(entry, storage_options or {})]
     urls, sizes = [url for url, _ in files], [size for _, size in files]
+    if len(set(urls)) < len(urls):
+        twice = next(url for number, url in enumerate(urls) if url in urls[:number])
+        raise ValueError(f"{twice} is named twice by {entries}, so that it would be read twice. Name each file once.")
     if not sum(sizes):
         raise ValueError(f"All {len(urls)} files of {name} are empty.")
     return FileShards(urls, sizes, name, storage_options=storage_options, **options)
@@ -87,10 +91,16 @@ def _data_set(entry: str, split: str, config: str | None) -> Any:
 def _find_files(entry: str, storage_options: dict[str, Any]) -> Iterable[tuple[str, int]]:
     """(address, bytes) of the files that a path, folder or pattern stands for, sorted."""
     kinds = ", ".join(SHARD_SUFFIXES)
+    if "::" in entry:
+        raise ValueError(
+            f"{entry!r} is a chain of file systems, which streams do not read: its files cannot be named one by one. "
+            f"Unpack the archive, or name the files by the address that stands behind the chain."
+        )
     system, path = fsspec.core.url_to_fs(
         str(Path(entry).expanduser()) if entry.startswith("~") else entry, **storage_options
     )
-    if any(mark in path for mark in "*?["):
+    is_there = "://" not in entry and Path(entry).expanduser().exists()  # it may be called `part[1]`
+    if any(mark in path for mark in "*?[") and not is_there:
         found = system.glob(path, detail=True)
     elif system.isdir(path):
         found = system.find(path, detail=True)

@@ -153,6 +153,34 @@ def deal(sizes: Sequence[int], num_streams: int, seed: int | None = None) -> lis
     return dealt
 
 
+def begin_within(pieces: Sequence[Piece], number: int, *key: int) -> list[Piece]:
+    """Begin inside the first piece; what lies before that place comes last.
+
+    The places of successive numbers lie at the fractions (u + number · φ) mod 1 of the piece, u a hash of the key; these
+    spread evenly, however many. So epochs that are cut short see other documents each.
+
+    Args:
+        pieces: In reading order.
+        number: Of the beginning, from 0 on.
+        *key: Each has places of its own.
+
+    Returns:
+        As many pieces or one more, which together are the same stretches.
+
+    Example:
+        >>> [tuple(piece) for piece in begin_within([Piece(0, 100, 200), Piece(3, 0, 50)], 0, 7)]
+        [(0, 162, 200), (3, 0, 50), (0, 100, 162)]
+    """
+    if not pieces:
+        return []
+    first, *others = pieces
+    start = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+    at = first.begin + ((start + number * _GOLDEN) % (1 << 64) * (first.end - first.begin) >> 64)
+    if at == first.begin:
+        return list(pieces)
+    return [first._replace(begin=at), *others, first._replace(end=at)]
+
+
 def is_in_share(number: int, piece: Piece, size: int) -> bool:
     """Whether record ``number`` of a shard that can only be read whole belongs to a piece of it.
 

@@ -1,7 +1,7 @@
 """A virtual stream: an endless-looking source of rows that a few integers bring back to where it stood.
 
 A data set is dealt to a fixed number of virtual streams, whatever the number of ranks and workers that read them. Each
-reads its pieces of each source in pools, encodes and lays out a pool at a time, and shuffles the pool's rows by a key
+reads its pieces of each source, from another place on in each epoch, in pools, encodes and lays out a pool at a time, and shuffles the pool's rows by a key
 of seed, stream, source, epoch and pool. So the rows of a stream are a pure function of where its pool began and how
 many rows of it were taken: that is its state.
 """
@@ -9,6 +9,7 @@ many rows of it were taken: that is its state.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +22,9 @@ from lightning_llm.datamodules.collate import Segment
 from lightning_llm.datamodules.mixture import MixtureOrder
 from lightning_llm.datamodules.order import shuffled
 from lightning_llm.datamodules.rows import RowTable, Windowing, make_rows
-from lightning_llm.datamodules.streams.shards import Piece, PieceReader, ShardedSource
+from lightning_llm.datamodules.sources import Document
+from lightning_llm.datamodules.store_builder import check_ids
+from lightning_llm.datamodules.streams.shards import Piece, PieceReader, ShardedSource, begin_within
 from lightning_llm.datamodules.windows import Int64Array
 
 Stop = Literal["all_exhausted", "first_exhausted", "each_once"]
@@ -58,10 +61,11 @@ class StreamSettings:
         stride: New tokens in each window, see there.
         min_length: Documents with fewer tokens are left out.
         pool_tokens: A pool is full with so many tokens.
-        shuffle: Shuffle shards and the rows of each pool.
+        shuffle: Shuffle shards and the rows of each pool, and begin each epoch elsewhere.
         seed: Of the order.
         stop: When a stream of several sources ends, see :class:`VirtualStream`.
         token_bytes: (vocab,) float64, bytes of text behind each token, to count bytes and words; None does not count.
+        vocab_size: Token ids beyond it are refused; None takes all.
     """
 
     sources: Sequence[ShardedSource]
@@ -77,6 +81,7 @@ class StreamSettings:
     seed: int = 0
     stop: Stop = "all_exhausted"
     token_bytes: npt.NDArray[np.float64] | None = None
+    vocab_size: int | None = None
 
     @cached_property
     def dealt(self) -> list[list[list[Piece]]]:
@@ -108,7 +113,7 @@ class VirtualStream:
         self._parts = [
             _SourceStream(settings, stream, source, epoch, part) for source, part in enumerate(self.state["sources"])
         ]
-        self._order = MixtureOrder(settings.weights, settings.seed, stream, epoch)
+        self._order = MixtureOrder(settings.weights, settings.seed, stream, epoch if settings.shuffle else 0)
 
     @property
     def has_ended(self) -> bool:
@@ -148,6 +153,7 @@ class _SourceStream:
         self.source = source
         self.epoch = epoch
         self.state: State = state or self._beginning(0)
+        self._pieces = self._in_order()
         self._pool: _Pool | None = None
         self._reader: PieceReader | None = None  # stands at the end of the pool
         self._piece = 0
@@ -185,6 +191,7 @@ class _SourceStream:
     def restart(self) -> None:
         """Begin again, in another order."""
         self.state = self._beginning(self.state["repeat"] + 1)
+        self._pieces = self._in_order()
         self._pool = self._reader = None
         self._has_more = True
 
@@ -196,24 +203,24 @@ class _SourceStream:
     def _key(self) -> tuple[int, ...]:
         return (self.settings.seed, self.stream, self.source, self.epoch, self.state["repeat"])
 
-    @cached_property
-    def _dealt(self) -> list[Piece]:
-        return self.settings.dealt[self.source][self.stream]
+    def _in_order(self) -> list[Piece]:
+        """The share's pieces as this epoch reads them."""
+        settings, dealt = self.settings, self.settings.dealt[self.source][self.stream]
+        if not settings.shuffle or not dealt:
+            return dealt
+        pieces = [dealt[number] for number in shuffled(np.arange(len(dealt)), len(dealt), *self._key)]
+        if settings.sources[self.source].is_read_whole(pieces[0].shard):
+            return pieces  # a piece more would be a reading more
+        return begin_within(pieces, self.epoch + self.state["repeat"], settings.seed, self.stream, self.source)
 
-    def _nth_piece(self, number: int) -> Piece:
-        if self.settings.shuffle:
-            number = int(shuffled(number, len(self._dealt), *self._key))
-        return self._dealt[number]
-
-    def _texts(self) -> Iterator[str]:
-        """Texts from where the reader stands, one after the other; the reader is never ahead of them."""
-        while self._piece < len(self._dealt):
+    def _documents(self) -> Iterator[Document]:
+        """Documents from where the reader stands, one after the other; the reader is never ahead of them."""
+        while self._piece < len(self._pieces):
             if self._reader is None:
                 is_first = self._piece == self.state["piece"]
                 position = self.state["position"] if is_first else None
-                self._reader = self.settings.sources[self.source].read(self._nth_piece(self._piece), position)
-            for document in self._reader:
-                yield document.text
+                self._reader = self.settings.sources[self.source].read(self._pieces[self._piece], position)
+            yield from self._reader
             self._reader = None
             self._piece += 1
         self._has_more = False
@@ -231,11 +238,10 @@ class _SourceStream:
         documents: list[npt.NDArray[np.int64]] = []
         words_and_bytes: list[tuple[int, int]] = []
         num_tokens = 0
-        texts = self._texts()
+        unread = self._documents()
         while num_tokens < limit and self._has_more:
             wanted = min(max(limit - num_tokens, min(_FEWEST_CHARACTERS, limit)), _MOST_CHARACTERS)
-            batch = _take_characters(texts, wanted)
-            for text, ids in zip(batch, settings.encode(batch), strict=True):
+            for text, ids in self._encoded(_take_characters(unread, wanted)):
                 if len(ids) >= max(settings.min_length, 1):
                     documents.append(ids)
                     num_tokens += len(ids)
@@ -244,12 +250,20 @@ class _SourceStream:
         order_key = (*self._key, self.state["pool"]) if settings.shuffle else None
         return _Pool(settings, documents, words_and_bytes, order_key)
 
+    def _encoded(self, documents: Sequence[Document]) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
+        texts = [document.text for document in documents]
+        encoded = self.settings.encode(texts)
+        if self.settings.vocab_size is not None and encoded:
+            lengths = np.array([len(ids) for ids in encoded])
+            check_ids(np.concatenate(encoded), lengths, documents, self.settings.vocab_size)
+        return zip(texts, encoded, strict=True)
 
-def _take_characters(texts: Iterator[str], wanted: int) -> list[str]:
-    batch: list[str] = []
-    while wanted > 0 and (text := next(texts, None)) is not None:
-        batch.append(text)
-        wanted -= max(len(text), 1)
+
+def _take_characters(documents: Iterator[Document], wanted: int) -> list[Document]:
+    batch: list[Document] = []
+    while wanted > 0 and (document := next(documents, None)) is not None:
+        batch.append(document)
+        wanted -= max(len(document.text), 1)
     return batch
 
 
@@ -268,6 +282,7 @@ class _Pool:
         self.table = make_rows(
             offsets, np.arange(len(documents)), settings.max_length, settings.windowing, settings.stride
         )
+        _warn_of_cut_tokens(self.table)
         self._order = np.arange(len(self.table))
         if order_key is not None and len(self.table):
             self._order = shuffled(self._order, len(self.table), *order_key)
@@ -287,6 +302,23 @@ class _Pool:
         ]
         part = slice(self.table.row_offsets[row], self.table.row_offsets[row + 1])
         return StreamRow(segments, source, None if self._counts is None else self._counts[part])
+
+
+_has_warned_of_cut_tokens = False
+
+
+def _warn_of_cut_tokens(table: RowTable) -> None:
+    global _has_warned_of_cut_tokens
+    if not table.num_cut_tokens or _has_warned_of_cut_tokens:
+        return
+    _has_warned_of_cut_tokens = True  # each pool would say it
+    total = table.num_cut_tokens + table.num_tokens
+    warnings.warn(
+        f"windowing='documents' leaves out what is beyond max_length={table.max_length}: {table.num_cut_tokens:,} of "
+        f"{total:,} tokens ({table.num_cut_tokens / total:.0%}) of a first pool of documents, and so of all others. "
+        f"'packed' and 'windows' lose none.",
+        stacklevel=2,
+    )
 
 
 def _count_text(

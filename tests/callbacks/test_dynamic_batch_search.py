@@ -200,7 +200,7 @@ def test_our_loader_tells_its_longest_rows():
     dataset = dataset_of([3, 12, 5, 9, 1, 7], max_length=16, windowing="documents")
     loader = RowLoader(dataset, RowPlan(TableOrder(len(dataset)), 2))
     assert sorted(loader.longest_batch()["num_input_tokens"].tolist()) == [9, 12]
-    assert loader.position == 0
+    assert loader.state_dict()["cursor"]["rows"] == 0
     assert dataset.table.row_lengths.tolist() == [3, 12, 5, 9, 1, 7]
 
 

@@ -5,6 +5,7 @@ from itertools import chain
 import pytest
 from support import dataset_of
 
+from lightning_llm import Schedule
 from lightning_llm.datamodules.batches.budget_plan import BudgetPlan
 from lightning_llm.datamodules.batches.global_batch_plan import GlobalBatchPlan
 from lightning_llm.datamodules.batches.plan import RowPlan
@@ -149,3 +150,10 @@ def test_the_longest_batch_holds_the_longest_rows():
     dataset = dataset_of([3, 9, 5, 7, 2, 8], 16, "documents")
     loader = make_loader(dataset, 2)
     assert loader.longest_batch()["num_input_tokens"].tolist() == [9, 8]
+    lengths = dataset.table.row_lengths
+    for plan, expected in (
+        (BudgetPlan(lengths, 20, padded=True), [9, 8]),
+        (BudgetPlan(lengths, 25, padded=False), [9, 8, 7]),
+        (GlobalBatchPlan(TableOrder(6), Schedule({0: 1, 2: 4})), [9, 8, 7, 5]),
+    ):
+        assert RowLoader(dataset, plan).longest_batch()["num_input_tokens"].tolist() == expected

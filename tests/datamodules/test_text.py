@@ -439,3 +439,33 @@ def test_tokens_that_are_cut_short_in_mid_run_are_an_error_and_no_crash(make, tm
         file.truncate(100)
     with pytest.raises(ValueError, match=r"tokens.bin"):
         next(loader)
+
+
+def test_a_fit_begins_anew_after_a_checkpoint_was_only_evaluated_and_after_a_run_that_failed(
+    make, tiny_llama, quiet_trainer, tmp_path
+):
+    import lightning as L
+
+    from lightning_llm import LLMModule
+
+    class Rows(L.Callback):
+        def __init__(self, fail=False):
+            self.rows, self.fail = [], fail
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.rows.append(batch["row_ids"].tolist())
+            if self.fail:
+                raise RuntimeError("stop here")
+
+    data, first = make(), Rows()
+    trainer = quiet_trainer(max_steps=3, limit_val_batches=1, callbacks=[first])
+    trainer.fit(LLMModule(tiny_llama), data)
+    trainer.save_checkpoint(tmp_path / "mid.ckpt")
+    quiet_trainer(limit_val_batches=1).validate(LLMModule(tiny_llama), data, ckpt_path=tmp_path / "mid.ckpt")
+    with pytest.raises(RuntimeError, match="stop here"):
+        quiet_trainer(max_steps=9, callbacks=[Rows(fail=True)]).fit(
+            LLMModule(tiny_llama), data, ckpt_path=tmp_path / "mid.ckpt"
+        )
+    again = Rows()
+    quiet_trainer(max_steps=3, limit_val_batches=1, callbacks=[again]).fit(LLMModule(tiny_llama), data)
+    assert again.rows == first.rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +21,11 @@ _SKIPPED_FOLDERS = {
 def stdlib_files() -> list[Path]:
     """The standard library's ``.py`` files without its tests, sorted; empty where a Python has no sources."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = (path for path in root.rglob("*.py") if not _SKIPPED_FOLDERS & set(path.relative_to(root).parts))
-    return sorted(path for path in files if path.is_file())
+    found: list[Path] = []
+    for folder, inner, names in os.walk(root):
+        inner[:] = [name for name in inner if name not in _SKIPPED_FOLDERS]  # not walked: site-packages may be large
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(path for path in found if path.is_file())
 
 
 def manual_topics() -> Iterator[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -64,14 +65,13 @@ class RowLoader:
         self.trainer = trainer
         self.identity = identity or {}
         self.epoch = 0
-        self.sampler = self
         self.batch_sampler = None  # Lightning looks for one wherever there is a `sampler`
         self._after: dict[int, Cursor] = {0: Cursor()}  # where the run stands after so many batches of the epoch
         self._delivered = 0  # batches of the epoch, those before a resume included
         self._is_resumed = False  # and not begun yet
         self._length: tuple[int, int] | None = None  # an epoch that has begun, and its batches
         self._wanted: int | None = None  # a global batch that begins with the next optimizer step
-        self._dispatch = _Dispatch(self)
+        self._dispatch = _Dispatch(weakref.proxy(self))  # no cycle: workers that a cycle keeps alive end slowly
         self._loader: DataLoader[dict[str, Tensor]] = DataLoader(
             dataset,
             batch_size=None,
@@ -83,6 +83,20 @@ class RowLoader:
         )
 
     # ---- what Lightning asks for ---------------------------------------------------------------------------------
+
+    @property
+    def sampler(self) -> RowLoader:
+        """Lightning tells the epoch to a loader's sampler."""
+        return self
+
+    @property
+    def _iterator(self) -> Any:
+        """The inner loader's, under the name by which Lightning finds worker processes to end them with the run."""
+        return self._loader._iterator
+
+    @_iterator.setter
+    def _iterator(self, iterator: Any) -> None:
+        self._loader._iterator = iterator
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the next iteration's epoch; a loaded position in it is kept, and Lightning's counters follow it."""

@@ -157,3 +157,27 @@ def test_the_longest_batch_holds_the_longest_rows():
         (GlobalBatchPlan(TableOrder(6), Schedule({0: 1, 2: 4})), [9, 8, 7, 5]),
     ):
         assert RowLoader(dataset, plan).longest_batch()["num_input_tokens"].tolist() == expected
+
+
+def test_worker_processes_end_with_the_run_and_with_the_loader(quiet_trainer):
+    """By Lightning, which looks for them as in a DataLoader; without a Trainer when the loader is gone."""
+    import gc
+    import multiprocessing
+    import time
+
+    from lightning.pytorch.utilities.combined_loader import CombinedLoader
+
+    dataset = dataset_of([7] * 12, 8, "documents")
+    loader = make_loader(dataset, 2, num_workers=2)
+    combined = CombinedLoader(loader)
+    next(iter(combined))
+    assert len(multiprocessing.active_children()) == 2
+    combined.reset()
+    assert not multiprocessing.active_children()
+    batches = iter(loader)
+    next(batches)
+    begin = time.perf_counter()
+    del batches, loader, combined
+    gc.collect()
+    assert not multiprocessing.active_children()
+    assert time.perf_counter() - begin < 4  # it was 5 s for each worker

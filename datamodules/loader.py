@@ -19,7 +19,16 @@ from lightning_llm.datamodules.batches.global_batch_plan import GlobalBatchPlan
 from lightning_llm.datamodules.batches.plan import BatchPlan, Cursor, Layout, RowPlan
 from lightning_llm.datamodules.mixed_rows import MixedRowDataset
 from lightning_llm.datamodules.rows import EMPTY_ROW, RowDataset
-from lightning_llm.datamodules.trainer_position import align_batches, announce_length, is_fitting, trained_batches
+from lightning_llm.datamodules.trainer_position import (
+    align_batches,
+    announce_length,
+    begin_epoch,
+    is_fitting,
+    is_resuming,
+    limited,
+    step_back_epoch,
+    trained_batches,
+)
 
 
 class RowLoader:
@@ -35,7 +44,7 @@ class RowLoader:
     ordered training data and repeats rows in validation. It delivers the epoch to ``loader.sampler.set_epoch``.
 
     Args:
-        dataset: Makes the batches.
+        rows: Makes the batches.
         plan: Says which rows they hold.
         rank: This rank among the data-parallel ranks.
         num_ranks: Number of data-parallel ranks.
@@ -48,7 +57,7 @@ class RowLoader:
 
     def __init__(
         self,
-        dataset: RowDataset | MixedRowDataset,
+        rows: RowDataset | MixedRowDataset,
         plan: BatchPlan,
         *,
         rank: int = 0,
@@ -58,7 +67,7 @@ class RowLoader:
         pin_memory: bool = False,
         identity: dict[str, Any] | None = None,
     ) -> None:
-        self.dataset = dataset
+        self.rows = rows  # under the name `dataset`, Lightning would take this for a DataLoader
         self.plan = plan
         self.rank = rank
         self.num_ranks = num_ranks
@@ -71,9 +80,10 @@ class RowLoader:
         self._is_resumed = False  # and not begun yet
         self._length: tuple[int, int] | None = None  # an epoch that has begun, and its batches
         self._wanted: int | None = None  # a global batch that begins with the next optimizer step
+        self._wanted_later = False  # not with the next one, which was begun before a resume
         self._dispatch = _Dispatch(weakref.proxy(self))  # no cycle: workers that a cycle keeps alive end slowly
         self._loader: DataLoader[dict[str, Tensor]] = DataLoader(
-            dataset,
+            rows,
             batch_size=None,
             sampler=self._dispatch,
             num_workers=num_workers,
@@ -99,14 +109,48 @@ class RowLoader:
         self._loader._iterator = iterator
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the next iteration's epoch; a loaded position in it is kept, and Lightning's counters follow it."""
+        """Choose the next iteration's epoch; a loaded position in it is kept, and Lightning's counters follow it.
+
+        Raises:
+            ValueError: If the epoch holds no batch at all.
+        """
         self.epoch = epoch
         if not is_fitting(self.trainer):
             return
         assert self.trainer is not None
+        if is_resuming(self.trainer):
+            self._lead_lightning(self.trainer)
         announce_length(self.trainer, len(self))
-        if self._is_resumed:  # else at the end of the epoch before, whose length Lightning knew on another layout
-            align_batches(self.trainer, self._delivered if self._continues else int(self.trainer.num_training_batches))
+        if not len(self):
+            raise ValueError(
+                f"Epoch {self.epoch} holds no batch: drop_last leaves out what does not fill one, and all rows of the "
+                f"epoch do not. Make the batch smaller, or set drop_last=False."
+            )
+
+    def _lead_lightning(self, trainer: L.Trainer) -> None:
+        """Bring Lightning's counters to where the loaded position is on this layout."""
+        if not self._is_resumed:
+            if trainer.fit_loop.epoch_loop.batch_progress.current.ready:
+                rank_zero_warn(
+                    "The checkpoint holds no position of this data module: it was saved over other loaders. Lightning "
+                    "goes on inside an epoch, but the rows begin at the epoch's start: some are trained on twice."
+                )
+            return
+        cursor, layout = self._after[self._delivered], self._layout
+        rest = self.plan.num_batches(cursor, layout)
+        first = self.plan.batches_before(cursor, layout)
+        if rest:  # a step begins here, and Lightning counts them from the epoch's start
+            first = -(-first // layout.micro_batches) * layout.micro_batches
+        self._delivered, self._after = first, {first: cursor}
+        is_cut = first >= limited(trainer, first + rest)
+        if cursor.epoch == self.epoch - 1 and not is_cut:
+            step_back_epoch(trainer)
+            self.epoch = cursor.epoch
+        if cursor.epoch == self.epoch:
+            align_batches(trainer, min(first, limited(trainer, first + rest)))
+        else:
+            announce_length(trainer, len(self))
+            begin_epoch(trainer)
 
     def __len__(self) -> int:
         """Batches of a rank in the epoch, those before a resume included."""
@@ -128,7 +172,11 @@ class RowLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """What was trained, and of which rows; the same on every rank."""
-        state = {"version": 1, "data": dict(self.identity), "cursor": self._trained.to_state()}
+        count, cursor = self._trained
+        wanted = self._wanted
+        if wanted is not None and count == self._delivered:  # between two steps: the next one is of that size
+            cursor, wanted = replace(cursor, global_batch=wanted), None
+        state = {"version": 1, "data": dict(self.identity), "cursor": cursor.to_state(), "global_batch": wanted}
         if isinstance(self.plan, BudgetPlan):
             state["batches"] = [self.plan.budget, self.plan.group, self.plan.total]
         return state
@@ -137,16 +185,23 @@ class RowLoader:
         """Go on where the state was saved.
 
         Raises:
-            ValueError: If it was saved over other rows, naming what differs.
+            ValueError: If it was saved over other rows, naming what differs, or by something else.
         """
-        check_identity(state_dict["data"], self.identity)
+        check_identity(state_dict, self.identity)
         if isinstance(self.plan, BudgetPlan) and state_dict["batches"][:2] == [self.plan.budget, self.plan.group]:
             self.plan.tell_total(state_dict["batches"][2])
         cursor = Cursor.from_state(state_dict["cursor"])
         self.epoch = cursor.epoch
         self._delivered = self.plan.batches_before(cursor, self._layout)
         self._after = {self._delivered: cursor}
+        self._wanted = state_dict["global_batch"]
         self._is_resumed = True
+        self._wanted_later = self._wanted is not None
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether it stands at the beginning of a run."""
+        return not self._delivered and not self._is_resumed and self._after[0] == Cursor()
 
     # ---- what others may ask -------------------------------------------------------------------------------------
 
@@ -157,7 +212,10 @@ class RowLoader:
 
         Raises:
             TypeError: If the loader does not know what an optimizer step holds.
+            ValueError: For a size below 1.
         """
+        if size < 1:
+            raise ValueError(f"A global batch must be 1 at least, but got {size}.")
         if not isinstance(self.plan, GlobalBatchPlan):
             raise TypeError(
                 "The loader can only change its global batch if it was given one: "
@@ -168,23 +226,24 @@ class RowLoader:
     @property
     def tokens_per_epoch(self) -> int:
         """Label tokens of all ranks in an epoch."""
-        return self.dataset.table.num_label_tokens
+        return self.rows.table.num_label_tokens
 
     def epoch_lengths(self, num_epochs: int) -> list[int]:
-        """Batches of a rank in each epoch of a run; they differ where the global batch follows a schedule."""
+        """Batches that a rank trains in each epoch of a run; they differ where the global batch follows a schedule."""
         lengths, cursor = [], Cursor()
         for epoch in range(num_epochs):
-            cursor = replace(cursor, epoch=epoch)
-            lengths.append(self.plan.num_batches(cursor, self._layout))
-            cursor = self.plan.end_of_epoch(cursor)
+            number = self.plan.num_batches(cursor, self._layout)
+            number = limited(self.trainer, number) if self.trainer is not None else number
+            lengths.append(number)
+            cursor = self.plan.after(cursor, self._layout, number).next_epoch(epoch + 1)
         return lengths
 
     def longest_batch(self) -> dict[str, Tensor]:
         """A micro-batch of the longest rows, for whoever wants to know what memory the worst one takes."""
-        lengths = self.dataset.table.row_lengths
+        lengths = self.rows.table.row_lengths
         longest = np.argsort(lengths, kind="stable")[::-1]
         number = self.plan.most_rows(lengths[longest], self._layout)
-        return self.dataset[longest[: max(number, 1)].tolist()]
+        return self.rows[longest[: max(number, 1)].tolist()]
 
     # ---- details -------------------------------------------------------------------------------------------------
 
@@ -193,33 +252,31 @@ class RowLoader:
         micro_batches = int(self.trainer.accumulate_grad_batches) if is_fitting(self.trainer) else 1  # type: ignore[union-attr]
         return Layout(self.rank, self.num_ranks, micro_batches)
 
-    @property
-    def _continues(self) -> bool:
-        """Whether the coming iteration is the rest of an epoch that was loaded."""
-        cursor = self._after[self._delivered]
-        is_this = self._is_resumed and cursor.epoch == self.epoch
-        return is_this and self.plan.num_batches(cursor, self._layout) > 0
-
     def _beginning(self) -> tuple[int, Cursor]:
-        """First batch of the coming iteration, and where it stands."""
+        """First batch of the coming iteration, and where it stands: what is left of a loaded epoch, or a new one."""
         cursor = self._after[self._delivered]
-        if self._continues:
+        if self._is_resumed and cursor.epoch == self.epoch:
             return self._delivered, cursor
         return 0, cursor.next_epoch(self.epoch)
 
     @property
-    def _trained(self) -> Cursor:
+    def _trained(self) -> tuple[int, Cursor]:
+        """Batches of the epoch up to the last optimizer step, and where the run stands there."""
         count = self._delivered
         if is_fitting(self.trainer) and not self._is_resumed:
             assert self.trainer is not None
             count = min(count, trained_batches(self.trainer))
-        return self._after[max((number for number in self._after if number <= count), default=min(self._after))]
+        known = max((number for number in self._after if number <= count), default=min(self._after))
+        return known, self._after[known]
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
         self._delivered, cursor = self._beginning()
         self._is_resumed = False
         self._after = {self._delivered: cursor}
         self._length = (self.epoch, self._delivered + self.plan.num_batches(cursor, self._layout))
+        if self._wanted is not None and not self._wanted_later:
+            cursor = self._rebatch(cursor)
+        self._wanted_later = False
         while True:
             self._dispatch.start(cursor)
             for number, batch in enumerate(self._loader):
@@ -275,12 +332,23 @@ class _Dispatch(torch.utils.data.Sampler[list[int]]):
             yield rows.tolist() or [EMPTY_ROW]
 
 
-def check_identity(saved: dict[str, Any], present: dict[str, Any]) -> None:
+def check_identity(state_dict: dict[str, Any], present: dict[str, Any]) -> None:
     """Refuse to go on over other rows than a state was saved over.
 
+    Args:
+        state_dict: What a loader of this package saved.
+        present: What its rows are made of now, by name.
+
     Raises:
-        ValueError: Naming what differs.
+        ValueError: Naming what differs, or if the state is none of ours.
     """
+    saved = state_dict.get("data")
+    if not isinstance(saved, dict) or state_dict.get("version") != 1:
+        raise ValueError(
+            f"The checkpoint's state of the training data is of another kind (its entries are {sorted(state_dict)}): "
+            f"another data module, or another version, saved it. Resume with that one, or start a new run from the "
+            f"checkpoint's weights."
+        )
     different = [name for name in present if name in saved and saved[name] != present[name]]
     if different:
         changes = "; ".join(f"{name} was {saved[name]!r} and is {present[name]!r}" for name in different)

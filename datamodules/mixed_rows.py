@@ -79,12 +79,15 @@ class MixedTable:
 
     Attributes:
         row_lengths: (num_rows,) int64, tokens in each row.
-        num_label_tokens: Targets in all rows.
+        num_label_tokens: Targets in an epoch, which draws sources by their shares: an expectation.
     """
 
-    def __init__(self, datasets: Sequence[RowDataset]) -> None:
+    def __init__(self, datasets: Sequence[RowDataset], shares: Sequence[float] | None = None) -> None:
         self.row_lengths = np.concatenate([dataset.table.row_lengths for dataset in datasets])
-        self.num_label_tokens = sum(dataset.table.num_label_tokens for dataset in datasets)
+        tokens = np.array([dataset.table.num_label_tokens for dataset in datasets], dtype=np.float64)
+        sizes = np.array([len(dataset) for dataset in datasets])
+        drawn = sizes if shares is None else np.asarray(shares) * sizes.sum()
+        self.num_label_tokens = round(float((tokens / sizes) @ drawn))
 
 
 class MixedRowDataset(torch.utils.data.Dataset[dict[str, Any]]):
@@ -93,14 +96,20 @@ class MixedRowDataset(torch.utils.data.Dataset[dict[str, Any]]):
     Args:
         datasets: The rows of each source, by its name; all collated alike.
         numbers: What batches call each source in ``source_ids``; None counts them.
+        shares: Of the sources in an epoch, summing to 1; None: each row once.
     """
 
-    def __init__(self, datasets: Mapping[str, RowDataset], numbers: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        datasets: Mapping[str, RowDataset],
+        numbers: Sequence[int] | None = None,
+        shares: Sequence[float] | None = None,
+    ) -> None:
         self.names = list(datasets)
         self.datasets = list(datasets.values())
         self.numbers = np.arange(len(self.datasets)) if numbers is None else np.asarray(numbers, dtype=np.int64)
         self.sizes = [len(dataset) for dataset in self.datasets]
-        self.table = MixedTable(self.datasets)
+        self.table = MixedTable(self.datasets, shares)
         self._ends = np.cumsum(self.sizes)
 
     def __len__(self) -> int:

@@ -60,7 +60,7 @@ class ResumableDataModule(L.LightningDataModule):
             return  # a checkpoint that is only evaluated
         identity = self._training_identity()
         if identity is not None:
-            check_identity(state_dict["data"], identity)
+            check_identity(state_dict, identity)
         self._loaded_state = state_dict
         if self._train_loader is not None:
             self._train_loader.load_state_dict(state_dict)

@@ -133,7 +133,7 @@ class TextDataModule(ResumableDataModule):
             "micro_batch_tokens": micro_batch_tokens,
             "eval_micro_batch_size": eval_micro_batch_size,
         }
-        check_sizes(max_length, validation_fraction, sizes)
+        check_sizes(max_length, validation_fraction, sizes, seed)
         check_windowing("windowing", windowing, "stride", stride, max_length)
         eval_stride = None if eval_context is None else max_length - eval_context
         check_windowing("eval_windowing", eval_windowing or windowing, "eval_context", eval_stride, max_length)
@@ -198,7 +198,8 @@ class TextDataModule(ResumableDataModule):
 
     def _lay_out_stage(self, stage: str | None) -> None:
         for split in _STAGES.get(stage, ("train", "validation", "test")):
-            if split not in self._rows and (split != "validation" or self._has_validation):
+            exists = split == "train" or self._has_validation or (split == "test" and (stage or self._has_test))
+            if split not in self._rows and exists:
                 self._rows[split] = self._lay_out(split)
         if "train" in self._rows and not self._summarized:
             rank_zero_info(self.summary())
@@ -206,6 +207,8 @@ class TextDataModule(ResumableDataModule):
 
     def train_dataloader(self) -> RowLoader:
         """Rows of the training documents, in a new order each epoch; from the loaded position, if there is one."""
+        if self._train_loader is not None and not self._train_loader.is_fresh:  # loaders are made anew within a run
+            self._loaded_state = self._train_loader.state_dict()
         loader: RowLoader = self._resumed(self._make_train_loader())
         return loader
 
@@ -249,17 +252,17 @@ class TextDataModule(ResumableDataModule):
         self._train_loader.set_global_batch(size)
 
     def store(self, split: Split = "train", source: str | None = None) -> TokenStore:
-        """The tokens that a split's documents are in, after ``setup``."""
-        return self._rows[split][source or self.source_names[0]].store
+        """The tokens that a split's documents are in."""
+        return self._split_rows(split)[source or self.source_names[0]].store
 
     def table(self, split: Split = "train", source: str | None = None) -> RowTable:
-        """The rows of a split, after ``setup``."""
-        return self._rows[split][source or self.source_names[0]].table
+        """The rows of a split."""
+        return self._split_rows(split)[source or self.source_names[0]].table
 
     def row_text(self, row_id: int, split: Split = "train") -> str:
         """The text of a row, as a batch's ``row_ids`` name it, for a look at what went wrong."""
         number = row_id
-        for store, _, table in self._rows[split].values():
+        for store, _, table in self._split_rows(split).values():
             if 0 <= row_id < len(table):
                 pieces = [store.tokens[start : start + length] for start, length, _ in table.segments(row_id)]
                 return str(self.tokenizer.decode(np.concatenate(pieces).tolist()))
@@ -269,7 +272,7 @@ class TextDataModule(ResumableDataModule):
     def summary(self) -> str:
         """One screen on the documents, the rows made of them, and what a pipeline that truncates would lose."""
         parts = []
-        for name, train in self._rows["train"].items():
+        for name, train in self._split_rows("train").items():
             title = self.sources[name].title(name)
             parts.append(describe_source(title, train, self._rows.get("validation", {}).get(name)))
         if len(self.sources) > 1:
@@ -283,21 +286,28 @@ class TextDataModule(ResumableDataModule):
         Returns:
             A matplotlib figure; ``figure.savefig(path)`` writes it.
         """
-        if split not in self._rows:
-            self._lay_out_stage({"train": "fit", "validation": "validate", "test": "test"}[split])
-        rows = self._rows[split]
+        rows = self._split_rows(split)
         lengths = {self.sources[n].title(n): r.store.lengths[r.documents] for n, r in rows.items()}
         return plot_lengths(lengths, self.max_length)
 
     def zlib_bits_per_byte(self) -> float:
         """What zlib (level 9) needs for the validation text, at most 32 MiB of it: a yardstick for bits per byte."""
-        return zlib_bits_per_byte(self._rows["validation"].values(), self.tokenizer)
+        return zlib_bits_per_byte(self._split_rows("validation").values(), self.tokenizer)
 
     # ---- details -------------------------------------------------------------------------------------------------
 
     @property
     def _has_validation(self) -> bool:
         return any(source.has_validation for source in self.sources.values())
+
+    @property
+    def _has_test(self) -> bool:
+        return any(source.test_data is not None for source in self.sources.values())
+
+    def _split_rows(self, split: Split) -> dict[str, SplitRows]:
+        if split not in self._rows:
+            self._lay_out_stage({"train": "fit", "validation": "validate", "test": "test"}[split])
+        return self._rows[split]
 
     def _open_store(self, source: TextSource, split: Split) -> TokenStore:
         return source.store(split, self.cache_dir, self.tokenizer, append_eos=self.append_eos)
@@ -313,8 +323,6 @@ class TextDataModule(ResumableDataModule):
         }
 
     def _dataset(self, split: Split) -> RowDataset | MixedRowDataset:
-        if split not in self._rows:
-            self._lay_out_stage({"train": "fit", "validation": "validate", "test": "test"}[split])
         is_train = split == "train"
         datasets = {
             name: RowDataset(
@@ -324,16 +332,19 @@ class TextDataModule(ResumableDataModule):
                 None if is_train else rows.store.token_bytes,
                 layout=self.batch_settings.layout if is_train else None,
             )
-            for name, rows in self._rows[split].items()
+            for name, rows in self._split_rows(split).items()
         }
         if len(self.sources) == 1:
             return next(iter(datasets.values()))
-        return MixedRowDataset(datasets, [self.source_names.index(name) for name in datasets])
+        numbers = [self.source_names.index(name) for name in datasets]
+        return MixedRowDataset(datasets, numbers, list(self._mixture_weights().values()) if is_train else None)
 
     def _make_train_loader(self) -> RowLoader:
         self._check_trainer()
         dataset = self._dataset("train")
-        seed = self.seed if self.shuffle else None
+        trainer: Any = self.trainer
+        overfits = trainer is not None and trainer.overfit_batches > 0  # the same few batches again and again
+        seed = self.seed if self.shuffle and not overfits else None
         order: RowOrder = TableOrder(len(dataset), seed)
         if isinstance(dataset, MixedRowDataset):
             order = MixedOrder(dataset.sizes, list(self._mixture_weights().values()), self.seed, self.shuffle)
@@ -342,7 +353,7 @@ class TextDataModule(ResumableDataModule):
         plan = self.batch_settings.plan(
             order,
             dataset.table.row_lengths,
-            dataset.table.num_label_tokens,
+            dataset.table.num_label_tokens / len(dataset),
             group=accumulate * num_ranks,
             drop_last=self.drop_last,
         )
@@ -397,7 +408,7 @@ class TextDataModule(ResumableDataModule):
             "batches": self.batch_settings.counts,
         }
         if len(self.sources) > 1:
-            settings["weights"] = self._mixture_weights()
+            settings |= {"sources": self.source_names, "weights": self._mixture_weights()}
         for name, (store, documents, table) in self._rows["train"].items():
             prefix = f"{name}: " if len(self.sources) > 1 else ""
             settings |= {

@@ -33,8 +33,10 @@ def part_of(other: Any, name: str, data: Any, argument: str) -> Any:
     return other.get(name)
 
 
-def check_sizes(max_length: int, validation_fraction: float, sizes: dict[str, int | None]) -> None:
-    """Refuse sizes that hold nothing."""
+def check_sizes(max_length: int, validation_fraction: float, sizes: dict[str, int | None], seed: int) -> None:
+    """Refuse sizes that hold nothing, and a seed that is none."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"`seed` must be a whole number, 0 or more, but got {seed!r}.")
     if max_length < 2:
         raise ValueError(f"`max_length` must be 2 at least (a token and its prediction), but got {max_length}.")
     for name, size in sizes.items():

@@ -32,6 +32,12 @@ def trained_batches(trainer: L.Trainer) -> int:
     return processed - int(processed % trainer.accumulate_grad_batches)
 
 
+def is_resuming(trainer: L.Trainer) -> bool:
+    """Whether Lightning goes on from a checkpoint's counters: true until the first batch after it."""
+    loop: Any = trainer.fit_loop.epoch_loop
+    return bool(loop.restarting)
+
+
 def align_batches(trainer: L.Trainer, batches: int) -> None:
     """After a checkpoint was loaded, before the epoch goes on: let Lightning count ``batches`` of it as done.
 
@@ -49,13 +55,37 @@ def align_batches(trainer: L.Trainer, batches: int) -> None:
             setattr(counts, name, getattr(counts, name) + batches - processed)
 
 
+def begin_epoch(trainer: L.Trainer) -> None:
+    """After a checkpoint was loaded at an epoch's end: let Lightning begin the next one, and not take it for done."""
+    loop: Any = trainer.fit_loop.epoch_loop
+    if loop.restarted_on_train_batch_end:
+        align_batches(trainer, int(trainer.num_training_batches))  # Lightning itself resets what is complete
+    else:
+        align_batches(trainer, 0)
+        loop.batch_progress.is_last_batch = False
+
+
+def step_back_epoch(trainer: L.Trainer) -> None:
+    """Let Lightning count one epoch less: one that ``max_steps`` ended early, which it takes for done, goes on."""
+    loop: Any = trainer.fit_loop
+    for counts in (loop.epoch_progress.current, loop.epoch_progress.total):
+        for name in ("ready", "started", "processed", "completed"):
+            setattr(counts, name, getattr(counts, name) - 1)
+    loop.epoch_loop.batch_progress.is_last_batch = False
+
+
+def limited(trainer: L.Trainer, num_batches: int) -> int:
+    """How many of an epoch's batches ``Trainer(limit_train_batches=)`` lets through."""
+    limit = trainer.limit_train_batches
+    return int(num_batches * limit) if isinstance(limit, float) else min(num_batches, limit)
+
+
 def announce_length(trainer: L.Trainer, num_batches: int) -> None:
     """Tell Lightning that the epoch has another number of batches than when it set the data up."""
     loop: Any = trainer.fit_loop
     if loop._combined_loader is None or len(loop._combined_loader.flattened) != 1:
         return
-    limit = trainer.limit_train_batches
-    allowed = int(num_batches * limit) if isinstance(limit, float) else min(num_batches, limit)
+    allowed = limited(trainer, num_batches)
     if allowed == loop.max_batches:
         return
     loop.max_batches = allowed

@@ -42,9 +42,7 @@ def total_optimizer_steps(trainer: L.Trainer) -> float:
             factors = [callback.get_accumulate_grad_batches(epoch) for epoch in range(trainer.max_epochs)]
     epochs = [num_batches] * trainer.max_epochs
     if hasattr(loader, "epoch_lengths"):  # epochs of unequal length, such as under a growing global batch
-        share = trainer.limit_train_batches
-        lengths = loader.epoch_lengths(trainer.max_epochs)
-        epochs = [int(n * share) if isinstance(share, float) else min(n, share) for n in lengths]
+        epochs = loader.epoch_lengths(trainer.max_epochs)
     return min(limit, sum(math.ceil(batches / factor) for batches, factor in zip(epochs, factors, strict=True)))
 
 

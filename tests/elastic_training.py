@@ -50,8 +50,10 @@ class Record(L.Callback):
         self.path.write_text("")
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        # a row of several documents is named by each of them where they lie end to end
-        self.rows += [row for row in dict.fromkeys(batch["row_ids"].tolist()) if row >= 0]
+        rows = batch["row_ids"].tolist()
+        if "cu_seq_lens_q" in batch:  # a row of several documents is named by each of them where they lie end to end
+            rows = list(dict.fromkeys(rows))
+        self.rows += [row for row in rows if row >= 0]
         self.count += 1
         if trainer.global_step != self.step:
             self.step = trainer.global_step

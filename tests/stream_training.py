@@ -17,7 +17,6 @@ from lightning_llm.callbacks import TokenWeightedAccumulation
 from lightning_llm.datamodules.streaming_text import StreamingTextDataModule
 
 MODEL = {**TINY_GPT2, "vocab_size": 258, "n_layer": 1, "n_embd": 16}
-ROWS_IN_STEP = 8
 
 
 def write_corpus(folder: Path, num_documents: int = 240, num_files: int = 3, seed: int = 0) -> str:
@@ -85,13 +84,14 @@ def train(
     kill_after: int | None = None,
     save_every: int | None = None,
     max_epochs: int = 2,
+    rows_in_step: int = 8,
     callbacks: tuple | list = (),
     **options,
 ) -> torch.Tensor:
     """Train on the ranks that are there; returns the weights."""
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     defaults = {"max_length": 64, "num_streams": 4, "pool_tokens": 600, "num_workers": num_workers}
-    rows = ROWS_IN_STEP // world_size // accumulate
+    rows = rows_in_step // world_size // accumulate
     datamodule = StreamingTextDataModule(data, "bytes", micro_batch_size=rows, **{**defaults, **options})
     torch.manual_seed(0)
     module = LLMModule(MODEL, learning_rate=1e-2, lr_schedule="constant", warmup=0)

@@ -99,9 +99,9 @@ class BudgetPlan:
         taken = np.arange(1, len(lengths) + 1) * lengths.max(initial=0) if self.padded else np.cumsum(lengths)
         return int(np.searchsorted(taken, self.budget, side="right"))
 
-    def end_of_epoch(self, cursor: Cursor) -> Cursor:
-        """All pools taken."""
-        return replace(cursor, rows=len(self.lengths)).next_epoch(cursor.epoch + 1)
+    def after(self, cursor: Cursor, layout: Layout, num_batches: int) -> Cursor:
+        """No schedule depends on it: only the count moves."""
+        return replace(cursor, batches=cursor.batches + num_batches * layout.num_ranks)
 
     def _from(self, cursor: Cursor) -> Iterator[Planned]:
         """Every rank's micro-batches."""

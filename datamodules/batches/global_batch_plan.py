@@ -25,8 +25,8 @@ class GlobalBatchPlan:
         order: Which rows stand where in an epoch.
         global_batch: Rows in an optimizer step over all ranks: a number or a :class:`~lightning_llm.Schedule` of
             samples, tokens, steps or epochs.
-        label_tokens: Of all rows; with them, ``global_batch`` counts label tokens, and a step takes the rows that hold
-            so many on average.
+        tokens_per_row: Label tokens of a row on average.
+        counts_tokens: Whether ``global_batch`` counts label tokens: a step takes the rows that hold so many on average.
         lengths: (num_rows,) tokens in each row, to balance micro-batches by; None: by rows.
         padded: Whether a micro-batch is padded to its longest row, if lengths are given.
         drop_last: Leave out the epoch's last step if it is short.
@@ -36,7 +36,8 @@ class GlobalBatchPlan:
         self,
         order: RowOrder,
         global_batch: float | Schedule,
-        label_tokens: int | None = None,
+        tokens_per_row: float = 0.0,
+        counts_tokens: bool = False,
         lengths: Int64Array | None = None,
         padded: bool = True,
         drop_last: bool = False,
@@ -46,8 +47,9 @@ class GlobalBatchPlan:
         self.lengths = lengths
         self.padded = padded
         self.drop_last = drop_last
-        self._tokens_per_row = (label_tokens or 0) / max(order.num_rows, 1)
-        self._counts_tokens = label_tokens is not None
+        self._ends: dict[Cursor, int] = {}
+        self.tokens_per_row = tokens_per_row
+        self.counts_tokens = counts_tokens
         self.step_rows(Cursor())  # a schedule in a unit that nobody counts is refused now
 
     def step_rows(self, cursor: Cursor) -> int:
@@ -58,7 +60,7 @@ class GlobalBatchPlan:
 
     def rows_for(self, size: float) -> int:
         """Rows that come nearest to a global batch, in the plan's unit; one at least."""
-        return max(1, round(size / self._tokens_per_row if self._counts_tokens else size))
+        return max(1, round(size / self.tokens_per_row if self.counts_tokens else size))
 
     def batches(self, cursor: Cursor, layout: Layout) -> Iterator[Planned]:
         """Step by step: the rows from the cursor on, cut into as many micro-batches as there are."""
@@ -74,7 +76,9 @@ class GlobalBatchPlan:
 
     def num_batches(self, cursor: Cursor, layout: Layout) -> int:
         """Steps left, each of ``layout.micro_batches``."""
-        return (self._at_end(cursor).steps - cursor.steps) * layout.micro_batches
+        if cursor not in self._ends:
+            self._ends = {cursor: self._walk(cursor).steps}  # of the last one that was asked for
+        return (self._ends[cursor] - cursor.steps) * layout.micro_batches
 
     def batches_before(self, cursor: Cursor, layout: Layout) -> int:
         """Steps taken, each of ``layout.micro_batches``."""
@@ -84,20 +88,42 @@ class GlobalBatchPlan:
         """A micro-batch's even share of the schedule's largest step."""
         return in_parts(self.rows_for(max(self.global_batch.values)), layout.micro_batches * layout.num_ranks)
 
-    def end_of_epoch(self, cursor: Cursor) -> Cursor:
-        """All steps taken."""
-        return self._at_end(cursor).next_epoch(cursor.epoch + 1)
+    def after(self, cursor: Cursor, layout: Layout, num_batches: int) -> Cursor:
+        """So many steps further, or at the epoch's end."""
+        return self._walk(cursor, in_parts(num_batches, layout.micro_batches))
 
-    def _at_end(self, cursor: Cursor) -> Cursor:
-        """Step by step while the schedule moves, at once when it has come to rest."""
-        while (num_rows := self._take(cursor)) > 0:
-            steps = 1
-            if cursor.global_batch is not None or self.global_batch.is_final(self._progress(cursor)):
-                left = self.order.num_rows - cursor.rows
-                steps = in_parts(left, self.step_rows(cursor), self.drop_last)
-                num_rows = min(left, steps * self.step_rows(cursor))
+    def _walk(self, cursor: Cursor, max_steps: int | None = None) -> Cursor:
+        """From step to step to the epoch's end, or ``max_steps`` further; many at once while the size stays."""
+        last = None if max_steps is None else cursor.steps + max_steps
+        while (num_rows := self._take(cursor)) > 0 and cursor.steps != last:
+            size = self.step_rows(cursor)
+            steps = in_parts(self.order.num_rows - cursor.rows, size, self.drop_last)
+            steps = min(steps, self._unchanged_steps(cursor, size))
+            if last is not None:
+                steps = min(steps, last - cursor.steps)
+            num_rows = min(self.order.num_rows - cursor.rows, steps * size)
             cursor = replace(cursor, rows=cursor.rows + num_rows, steps=cursor.steps + steps)
         return cursor
+
+    def _unchanged_steps(self, cursor: Cursor, size: int) -> int:
+        """For how many steps of this size, one at least, the schedule certainly asks for no other."""
+        progress = self._progress(cursor)
+        if cursor.global_batch is not None or self.global_batch.is_final(progress):
+            return self.order.num_rows
+        if self.global_batch.interpolation != "step":
+            return 1
+        per_step = {
+            "steps": 1.0,
+            "samples": size,
+            "tokens": size * self.tokens_per_row,
+            "epochs": size / self.order.num_rows,
+        }
+        ahead = (
+            (at.value - progress.of(at.unit)) / per_step[at.unit]
+            for at, _ in self.global_batch.milestones
+            if at.value > progress.of(at.unit)
+        )
+        return max(int(min(ahead)) - 1, 1)
 
     def _take(self, cursor: Cursor) -> int:
         size = self.step_rows(cursor)
@@ -113,7 +139,7 @@ class GlobalBatchPlan:
         samples = cursor.earlier_rows + cursor.rows
         return Progress(
             steps=cursor.earlier_steps + cursor.steps,
-            tokens=samples * self._tokens_per_row,
+            tokens=samples * self.tokens_per_row,
             epochs=cursor.epoch + cursor.rows / max(self.order.num_rows, 1),
             samples=samples,
         )

@@ -111,8 +111,8 @@ class BatchPlan(Protocol):
     def most_rows(self, lengths: Int64Array, layout: Layout) -> int:
         """How many rows a micro-batch may hold, were they the first of ``lengths``."""
 
-    def end_of_epoch(self, cursor: Cursor) -> Cursor:
-        """Where the run stands once all that is left of the epoch is trained, at the start of the next one."""
+    def after(self, cursor: Cursor, layout: Layout, num_batches: int) -> Cursor:
+        """Where the run stands in its schedule once so many more micro-batches of the epoch are trained."""
 
 
 class RowPlan:
@@ -158,9 +158,10 @@ class RowPlan:
         """Always the same."""
         return self.micro_batch_size
 
-    def end_of_epoch(self, cursor: Cursor) -> Cursor:
-        """All rows taken."""
-        return replace(cursor, rows=self.order.num_rows).next_epoch(cursor.epoch + 1)
+    def after(self, cursor: Cursor, layout: Layout, num_batches: int) -> Cursor:
+        """So many rows further, or at the epoch's end."""
+        taken = num_batches * self.micro_batch_size * layout.num_ranks
+        return replace(cursor, rows=min(cursor.rows + taken, self.order.num_rows))
 
 
 def in_parts(amount: int, size: int, drop_last: bool = False) -> int:

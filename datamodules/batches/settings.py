@@ -49,6 +49,7 @@ class BatchSettings:
                 f"The global batch is given in rows or in tokens, but got global_batch_size={self.global_batch_size} "
                 f"and global_batch_tokens={self.global_batch_tokens}. Leave one out."
             )
+        self._check_global_batch()
         if self.micro_batch_tokens is None:
             if self.batching != "rows" and self.global_batch is None:
                 raise ValueError(
@@ -66,6 +67,26 @@ class BatchSettings:
                 "A global batch is cut into as many micro-batches as Trainer(accumulate_grad_batches=) says, whatever "
                 "they hold: leave `micro_batch_tokens` out. What does not fit in memory, DynamicBatchScaler cuts."
             )
+
+    def _check_global_batch(self) -> None:
+        if self.global_batch is None:
+            return
+        schedule = self.schedule
+        name = "global_batch_size" if self.global_batch_tokens is None else "global_batch_tokens"
+        if min(schedule.values) < 1:
+            raise ValueError(f"`{name}` must be 1 at least, but got {min(schedule.values):g}.")
+        if "run" in schedule.units:
+            raise ValueError(
+                f"Milestones of `{name}` are in samples, tokens, steps or epochs, which the data know, and not in shares "
+                f"of the run, but got {schedule!r}."
+            )
+
+    @property
+    def schedule(self) -> Schedule:
+        """The global batch as a schedule."""
+        size = self.global_batch
+        assert size is not None
+        return size if isinstance(size, Schedule) else Schedule(size)
 
     @property
     def global_batch(self) -> GlobalBatch | None:
@@ -86,7 +107,7 @@ class BatchSettings:
         self,
         order: RowOrder,
         lengths: Int64Array,
-        label_tokens: int,
+        tokens_per_row: float,
         *,
         group: int,
         drop_last: bool = False,
@@ -96,7 +117,7 @@ class BatchSettings:
         Args:
             order: Of the rows.
             lengths: (num_rows,) tokens in each row.
-            label_tokens: Targets in all rows.
+            tokens_per_row: Label tokens of a row on average, as they are drawn.
             group: Micro-batches of an optimizer step over all ranks.
             drop_last: Leave out what does not fill the last micro-batch or step.
 
@@ -104,11 +125,11 @@ class BatchSettings:
             ValueError: If a row is longer than ``micro_batch_tokens``, or a mixture is to be cut by it.
         """
         if self.global_batch is not None:
-            size = self.global_batch
             return GlobalBatchPlan(
                 order,
-                size if isinstance(size, Schedule) else Schedule(size),
-                label_tokens=label_tokens if self.global_batch_tokens is not None else None,
+                self.schedule,
+                tokens_per_row=tokens_per_row,
+                counts_tokens=self.global_batch_tokens is not None,
                 lengths=lengths if self.batching != "rows" else None,
                 padded=self.batching == "padded",
                 drop_last=drop_last,

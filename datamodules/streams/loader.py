@@ -125,7 +125,7 @@ class StreamLoader:
         Raises:
             ValueError: If it was saved over other data or settings, naming what differs.
         """
-        check_identity(state_dict["data"], self.identity)
+        check_identity(state_dict, self.identity)
         self._resume_from = StreamPosition(**state_dict["place"])
         self._must_align = True
 
@@ -309,9 +309,9 @@ def check_num_streams(num_streams: int, num_ranks: int) -> None:
 def _no_row(settings: StreamSettings) -> ValueError:
     names = ", ".join(source.name for source in settings.sources)
     return ValueError(
-        f"There is nothing to train or validate on: {names} gave no row in a whole epoch. All texts are empty or shorter "
-        f"than min_length={settings.min_length} tokens, or unreadable and left out by skip_corrupt=True, or a filter of "
-        f"the data set leaves none. Check the data and these settings."
+        f"There is nothing to train or validate on: {names} gave no row in a whole epoch. All texts are empty or "
+        f"shorter than min_length={settings.min_length} tokens, or unreadable and left out by skip_corrupt=True, or a "
+        f"filter of the data set leaves none. Check the data and these settings."
     )
 
 

@@ -156,8 +156,8 @@ def deal(sizes: Sequence[int], num_streams: int, seed: int | None = None) -> lis
 def begin_within(pieces: Sequence[Piece], number: int, *key: int) -> list[Piece]:
     """Begin inside the first piece; what lies before that place comes last.
 
-    The places of successive numbers lie at the fractions (u + number · φ) mod 1 of the piece, u a hash of the key; these
-    spread evenly, however many. So epochs that are cut short see other documents each.
+    The places of successive numbers lie at the fractions (u + number · φ) mod 1 of the piece, u a hash of the key;
+    these spread evenly, however many. So epochs that are cut short see other documents each.
 
     Args:
         pieces: In reading order.
@@ -169,7 +169,7 @@ def begin_within(pieces: Sequence[Piece], number: int, *key: int) -> list[Piece]
 
     Example:
         >>> [tuple(piece) for piece in begin_within([Piece(0, 100, 200), Piece(3, 0, 50)], 0, 7)]
-        [(0, 162, 200), (3, 0, 50), (0, 100, 162)]
+        [(0, 191, 200), (3, 0, 50), (0, 100, 191)]
     """
     if not pieces:
         return []

@@ -1,9 +1,9 @@
 """A virtual stream: an endless-looking source of rows that a few integers bring back to where it stood.
 
 A data set is dealt to a fixed number of virtual streams, whatever the number of ranks and workers that read them. Each
-reads its pieces of each source, from another place on in each epoch, in pools, encodes and lays out a pool at a time, and shuffles the pool's rows by a key
-of seed, stream, source, epoch and pool. So the rows of a stream are a pure function of where its pool began and how
-many rows of it were taken: that is its state.
+reads its pieces of each source in pools, from another place on in each epoch. It encodes and lays out a pool at a time,
+and shuffles the pool's rows by a key of seed, stream, source, epoch and pool. So the rows of a stream are a pure
+function of where its pool began and how many rows of it were taken: that is its state.
 """
 
 from __future__ import annotations

@@ -26,7 +26,9 @@ def make(kind, num_rows):
         "rows": lambda: RowPlan(order, 8),
         "global": lambda: GlobalBatchPlan(order, 32),
         "ramp": lambda: GlobalBatchPlan(order, Schedule({"0 samples": 8, "60 samples": 32}, "linear")),
-        "tokens": lambda: GlobalBatchPlan(order, 256, int(lengths(num_rows).sum()), lengths(num_rows)),
+        "tokens": lambda: GlobalBatchPlan(
+            order, 256, float(lengths(num_rows).mean()), counts_tokens=True, lengths=lengths(num_rows)
+        ),
         "padding_free": lambda: GlobalBatchPlan(order, 32, lengths=lengths(num_rows), padded=False),
         "padded budget": lambda: BudgetPlan(lengths(num_rows), 96, padded=True, group=4, seed=5, pool_size=48),
         "free budget": lambda: BudgetPlan(lengths(num_rows), 96, padded=False, group=4, seed=5, pool_size=48),
@@ -103,10 +105,41 @@ def test_a_schedule_of_samples_tokens_epochs_and_steps_is_followed_without_lag()
     assert sizes({"0 epochs": 32, "1 epoch": 64}) == [32, 32]
     assert sizes({"0 epochs": 32, "1 epoch": 64}, Cursor(epoch=1, earlier_rows=64)) == [64]
     # ten label tokens a row: 16 rows are 160 tokens
-    in_tokens = sizes({"0 tokens": 40, "160 tokens": 160}, label_tokens=640)
+    in_tokens = sizes({"0 tokens": 40, "160 tokens": 160}, tokens_per_row=10, counts_tokens=True)
     assert in_tokens == [4, 4, 4, 4, 16, 16, 16]
+    # and rows are counted in tokens too
+    assert sizes({"0 tokens": 4, "160 tokens": 16}, tokens_per_row=10) == [4, 4, 4, 4, 16, 16, 16]
     with pytest.raises(ValueError, match="share of the run"):
         sizes({"0 steps": 4, "50%": 8})
+
+
+@given(
+    st.integers(1, 300),
+    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 30)), max_size=4),
+    st.sampled_from(["steps", "samples", "tokens"]),
+    st.booleans(),
+)
+@settings(deadline=None, max_examples=150)
+def test_steps_are_counted_at_once_as_one_by_one(num_rows, milestones, unit, drop_last):
+    steps, at = {f"0 {unit}": 3.0}, 0
+    for gap, size in milestones:
+        at += gap
+        steps[f"{at} {unit}"] = float(size)
+    plan = GlobalBatchPlan(TableOrder(num_rows), Schedule(steps), tokens_per_row=1.7, drop_last=drop_last)
+    cursor = Cursor(earlier_rows=7, earlier_steps=2)
+    batches = list(plan.batches(cursor, Layout()))
+    assert plan.num_batches(cursor, Layout()) == len(batches)
+    for number in range(len(batches) + 1):
+        after = plan.after(cursor, Layout(), number)
+        assert after == (batches[number - 1].after if number else cursor)
+
+
+def test_a_ramp_over_ten_million_rows_is_counted_without_walking_it():
+    plan = GlobalBatchPlan(TableOrder(10_000_000, 0), Schedule({"0 samples": 32, "1 epoch": 64}))
+    sizes = []
+    plan.step_rows, counted = (lambda cursor, f=plan.step_rows: sizes.append(1) or f(cursor)), plan.num_batches
+    assert counted(Cursor(), Layout()) == 312_500
+    assert len(sizes) < 50
 
 
 def test_drop_last_leaves_out_what_is_short():

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from elastic_training import NUM_STEPS, data_module, run, steps_of
@@ -137,9 +138,124 @@ def test_validation_inside_an_epoch_and_checkpoints_from_it(tmp_path):
         assert torch.equal(resumed, weights)
 
 
-def test_a_global_batch_that_a_callback_sets_holds_from_the_next_step_and_after_a_resume(tmp_path):
-    import lightning as L
+@pytest.mark.parametrize("name", ["rows", "ramp"])
+def test_a_run_that_max_steps_ended_inside_an_epoch_goes_on_there(whole, name):
+    """Lightning takes the epoch for done in a checkpoint that is saved after `fit`."""
+    folder, steps, weights = whole(name)
+    data, accumulate = SETTINGS[name]
+    for step in (5, 12):
+        save = SaveAtEnd(folder / f"end{step}.ckpt")
+        run(folder, "first", data=data, accumulate=accumulate, steps=step, callbacks=[save])
+        rest, resumed = run(folder, "again", data=data, accumulate=accumulate, resume=save.path)
+        assert rest == {s: value for s, value in steps.items() if s > step}
+        assert torch.equal(resumed, weights)
 
+
+class SaveAtEnd(L.Callback):
+    def __init__(self, path):
+        self.path = path
+
+    def teardown(self, trainer, pl_module, stage):
+        trainer.save_checkpoint(self.path)
+
+
+class SaveAfterValidation(L.Callback):
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_validation_end(self, trainer, pl_module):
+        trainer.save_checkpoint(self.folder / f"val{trainer.global_step}.ckpt")
+
+
+@pytest.mark.parametrize("interval", [4, 0.25, 0.5])
+def test_checkpoints_of_a_validation_go_on_with_other_micro_batches_also_at_an_epochs_end(tmp_path, interval):
+    trainer = {"max_epochs": 3, "max_steps": -1, "val_check_interval": interval}
+    data = {"global_batch_size": {"0 samples": 4, "20 samples": 8, "90 samples": 12}}
+    steps, _ = run(
+        tmp_path, "whole", data=data, trainer=trainer, accumulate=2, callbacks=[SaveAfterValidation(tmp_path)]
+    )
+    saved = sorted(tmp_path.glob("val*.ckpt"))
+    assert len(saved) > 3
+    for path in saved:
+        step = int(path.stem[3:])
+        for accumulate in (1, 2, 3):
+            if step == max(steps):
+                continue  # nothing is left to train
+            rest, _ = run(tmp_path, "again", data=data, trainer=trainer, accumulate=accumulate, resume=path)
+            assert rest == {s: value for s, value in steps.items() if s > step}, (path, accumulate)
+
+
+def test_the_first_step_after_a_change_of_micro_batches_is_a_whole_one(tmp_path):
+    """Else Lightning would divide the gradient of a few micro-batches by the number of many."""
+
+    class Windows(L.Callback):
+        def __init__(self):
+            self.held, self.sizes = 0, []
+
+        def on_after_backward(self, trainer, pl_module):
+            self.held += 1
+
+        def on_train_batch_end(self, trainer, *_):
+            if not trainer.fit_loop._should_accumulate():
+                self.sizes.append(self.held)
+                self.held = 0
+
+    run(tmp_path, "whole", accumulate=1, record={"save_steps": [3, 5]}, steps=6)
+    for step in (3, 5):
+        for data, accumulate in (({}, 4), ({"micro_batch_size": 3}, 2)):
+            windows = Windows()
+            resume = tmp_path / f"step{step}.ckpt"
+            run(tmp_path, "w", data=data, accumulate=accumulate, resume=resume, steps=step + 4, callbacks=[windows])
+            assert windows.sizes == [accumulate] * 4
+
+
+def test_a_global_batch_set_at_the_edges_holds_from_the_next_step_on_and_is_saved(tmp_path):
+    class SetAndSave(L.Callback):
+        def __init__(self, hook, step):
+            self.step, self.is_done = step, False
+            setattr(self, hook, self._set)
+
+        def _set(self, trainer, *_):
+            if trainer.global_step == self.step and not self.is_done:
+                self.is_done = True
+                trainer.datamodule.set_global_batch(12)
+                trainer.save_checkpoint(tmp_path / "set.ckpt")
+
+    data = {"global_batch_size": 6}
+    for hook, step in (("on_train_start", 0), ("on_train_batch_end", 3), ("on_train_epoch_end", 13)):
+        steps, weights = run(tmp_path, "whole", data=data, accumulate=2, callbacks=[SetAndSave(hook, step)])
+        sizes = [len(rows) for _, rows in steps.values()]
+        assert set(sizes[:step]) <= {6, 1}, hook  # an epoch of 73 rows ends with one of 1
+        assert sizes[step] == 12, hook
+        if hook != "on_train_start":
+            rest, resumed = run(tmp_path, "again", data=data, accumulate=2, resume=tmp_path / "set.ckpt")
+            # Lightning's own number of the epoch is one behind after a checkpoint from `on_train_epoch_end`
+            assert {s: rows for s, (_, rows) in rest.items()} == {s: v[1] for s, v in steps.items() if s > step}, hook
+            assert torch.equal(resumed, weights)
+
+
+def test_loaders_that_are_made_anew_each_epoch_go_on_with_the_schedule(tmp_path):
+    data = {"global_batch_size": {"0 samples": 4, "20 samples": 8}}
+    steps, _ = run(tmp_path, "whole", data=data)
+    again, _ = run(tmp_path, "again", data=data, trainer={"reload_dataloaders_every_n_epochs": 1})
+    assert again == steps
+
+
+def test_a_checkpoint_without_a_position_or_with_a_foreign_one_is_named(tmp_path):
+    run(tmp_path, "whole", record={"save_steps": [3]}, steps=4)
+    state = torch.load(tmp_path / "step3.ckpt", weights_only=True)
+    state["loops"]["fit_loop"]["state_dict"].pop("combined_loader")
+    state["TextDataModule"] = {"position": 3}
+    torch.save(state, tmp_path / "foreign.ckpt")
+    with pytest.raises(ValueError, match=r"is of another kind \(its entries are \['position'\]\): another data module"):
+        run(tmp_path, "again", resume=tmp_path / "foreign.ckpt", steps=4)
+    del state["TextDataModule"]
+    torch.save(state, tmp_path / "none.ckpt")
+    with pytest.warns(UserWarning, match="holds no position of this data module"):
+        run(tmp_path, "again", resume=tmp_path / "none.ckpt", steps=5)
+
+
+def test_a_global_batch_that_a_callback_sets_holds_from_the_next_step_and_after_a_resume(tmp_path):
     class Grow(L.Callback):
         def on_train_batch_end(self, trainer, *_):
             if trainer.global_step == 3 and trainer.fit_loop.epoch_loop.batch_idx % 2:

@@ -8,6 +8,7 @@ from itertools import chain
 
 import datasets
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from lightning_llm.datamodules.sources import CorruptDataError
 from lightning_llm.datamodules.streams.shard_sources import open_shards
-from lightning_llm.datamodules.streams.shards import Piece, ShardError, deal, is_in_share
+from lightning_llm.datamodules.streams.shards import Piece, ShardError, begin_within, deal, is_in_share
 
 
 def texts(begin, end):
@@ -168,7 +169,10 @@ def test_files_in_memory_of_fsspec_are_read_as_local_ones(kind, tmp_path):
             source = open_shards(data)
             assert sorted(chain(*read_all(source, 4))) == sorted(texts(0, 80))
         local = open_shards(str(folder))
+        edges = local.identity.pop("edges of files")  # of local files alone
         assert source.identity == local.identity  # the folder may move
+        folder.rename(tmp_path / "moved")
+        assert open_shards(str(tmp_path / "moved")).identity == {**local.identity, "edges of files": edges}
     finally:
         memory.rm("/streams-test", recursive=True)
 
@@ -269,6 +273,54 @@ def test_corrupt_lines_stop_or_are_left_out_and_counted(tmp_path, caplog):
     assert "Skipped 2 corrupt records" in caplog.text
     with pytest.raises(ValueError, match=r"has no column 'body'; its columns are \['text'\]. Pass text_column"):
         read_all(open_shards(str(path), text_column="body"), 1)
+
+
+@given(st.lists(st.integers(1, 300), max_size=4), st.integers(0, 9))
+def test_an_epoch_begins_elsewhere_in_the_same_stretches(lengths, key):
+    pieces = [Piece(shard, 10, 10 + length) for shard, length in enumerate(lengths)]
+    units = [(piece.shard, at) for piece in pieces for at in range(piece.begin, piece.end)]
+    starts = []
+    for epoch in range(8):
+        found = begin_within(pieces, epoch, key)
+        assert sorted((piece.shard, at) for piece in found for at in range(piece.begin, piece.end)) == units
+        assert len(pieces) <= len(found) <= len(pieces) + 1
+        starts += [piece.begin for piece in found[:1]]
+    if lengths and lengths[0] >= 100:  # eight places, none of which is near another
+        assert np.diff(sorted(starts)).min() > lengths[0] / 20
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "Dataset"])
+def test_other_content_of_the_same_size_is_another_identity(kind, tmp_path):
+    def identity(name, documents):
+        if kind == "Dataset":
+            return open_shards(datasets.Dataset.from_dict({"text": documents})).identity
+        (tmp_path / name).mkdir()
+        path = tmp_path / name / f"data.{kind}"
+        write_jsonl(path, documents) if kind == "jsonl" else write_parquet(path, documents)
+        return open_shards(str(path)).identity
+
+    first, again, other = (
+        identity("a", texts(0, 50)),
+        identity("b", texts(0, 50)),
+        identity("c", [*texts(0, 49), "y" * len(texts(49, 50)[0])]),
+    )
+    assert first == again
+    assert sum(first[name] != other[name] for name in ("edges of files", "text of some rows") if name in first) == 1
+
+
+def test_what_cannot_be_named_file_by_file_is_refused(tmp_path):
+    path = write(tmp_path / "data", "jsonl")
+    with pytest.raises(
+        ValueError, match=r"'zip://\*.jsonl::/tmp/a.zip' is a chain of file systems.*Unpack the archive"
+    ):
+        open_shards("zip://*.jsonl::/tmp/a.zip")
+    with pytest.raises(ValueError, match="part-1.jsonl is named twice by .*Name each file once"):
+        open_shards([path + "/part-1.jsonl", path])
+    with pytest.raises(ValueError, match="Dataset has no row, so there is nothing to train or validate on"):
+        open_shards(datasets.Dataset.from_dict({"text": []}))
+    (tmp_path / "data").rename(tmp_path / "w[1]")  # no pattern, since it is there
+    assert len(open_shards(str(tmp_path / "w[1]")).sizes) == 3
+    assert len(open_shards(str(tmp_path / "w[1]" / "part-1.jsonl")).sizes) == 1
 
 
 def test_checksums_guard_the_test_itself():

@@ -294,6 +294,7 @@ def close(weights, reference):
     return torch.allclose(torch.tensor(weights, dtype=torch.float64), reference, rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_run_killed_on_two_ranks_goes_on_on_one(run_ranks, tmp_path, reference):
     data, weights, expected = reference
     kill_after = random.randrange(8, 25)
@@ -353,9 +354,10 @@ def test_two_ranks_go_on_where_one_crashed_and_a_rank_that_runs_dry_hangs_nobody
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_chains_of_kills_and_resumes_on_changing_layouts(run_ranks, tmp_path, seed):
-    data = write_corpus(tmp_path / "corpus", num_documents=600, seed=seed)
+    data = write_corpus(tmp_path / "corpus", num_documents=1200, seed=seed)
     (tmp_path / "reference").mkdir()
-    weights = train(tmp_path / "reference", data, "whole", num_streams=8)
+    options = {"num_streams": 8, "rows_in_step": 32}  # a micro-batch of each layout has a row of each stream at least
+    weights = train(tmp_path / "reference", data, "whole", **options)
     expected = steps_of(tmp_path / "reference", "whole")
     rng = random.Random(seed)
     layouts = rng.sample([(1, 1, 0), (2, 2, 0), (4, 1, 2), (2, 1, 2), (1, 4, 2), (4, 2, 0), (8, 1, 0)], 4)
@@ -366,10 +368,10 @@ def test_chains_of_kills_and_resumes_on_changing_layouts(run_ranks, tmp_path, se
         run = {"data": data, "name": f"run{number}", "accumulate": accumulate, "num_workers": workers}
         run |= {"resume": resume, "kill_after": None if is_last else at, "save_every": rng.randrange(2, 6)}
         if is_last:
-            results = run_ranks("streaming", ranks, 240, runs=[{**run, "num_streams": 8}])
+            results = run_ranks("streaming", ranks, 240, runs=[{**run, **options}])
         else:
             with pytest.raises(AssertionError, match="failed"):
-                run_ranks("streaming", ranks, 240, runs=[{**run, "num_streams": 8}])
+                run_ranks("streaming", ranks, 240, runs=[{**run, **options}])
         folder = tmp_path / f"streaming-{ranks}"
         found = steps_of(folder, f"run{number}", ranks)
         if not is_last:
@@ -385,17 +387,38 @@ def test_chains_of_kills_and_resumes_on_changing_layouts(run_ranks, tmp_path, se
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("length", [{"max_steps": 3}, {"max_epochs": 2}], ids=str)
+def test_a_run_on_nothing_ends_with_an_error(quiet_trainer, data, length):
+    with pytest.raises(ValueError, match=r"corpus gave no row in a whole epoch.*shorter than min_length=1000 tokens"):
+        quiet_trainer(**length).fit(Bag(), make(data, min_length=1000))
+    if "max_epochs" in length:
+        with pytest.raises(ValueError, match="nothing to train or validate on"):
+            quiet_trainer().validate(Bag(), make(data, validation_data=data, min_length=1000))
+
+
 def test_settings_that_do_not_fit_are_refused(data):
     with pytest.raises(
         ValueError, match=r"`validation_data` must name sources of `data` \(\['a'\]\), but names \['b'\]"
     ):
         make({"a": data}, validation_data={"b": data})
-    with pytest.raises(ValueError, match=r"`weights` must name the sources \['a'\], but names \['b'\]"):
+    with pytest.raises(ValueError, match=r"`weights` names every source of a mixture, but got \['b'\].* \['a'\]"):
         make({"a": data}, weights={"b": 1.0})
     with pytest.raises(ValueError, match="`stop` must be one of 'all_exhausted', 'first_exhausted', 'each_once'"):
         make(data, stop="never")
-    with pytest.raises(ValueError, match="`windowing` must be one of 'packed'.*got 'folded'"):
+    with pytest.raises(ValueError, match="`windowing` must be 'packed'.*got 'folded'"):
         make(data, windowing="folded")
+    for weight in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"`weights` must be above 0 and finite, but got {weight} for 'b'"):
+            make({"a": data, "b": data}, weights={"a": 1, "b": weight})
+    for temperature in (0, float("nan")):
+        with pytest.raises(ValueError, match=f"`temperature` must be above 0, but got {temperature}"):
+            make(data, temperature=temperature)
+    with pytest.raises(ValueError, match=r"`stride` has a meaning for windowing='windows' and 'packed' only"):
+        make(data, windowing="wrapped", stride=8)
+    with pytest.raises(ValueError, match=r"`stride` \(new tokens in a window\) lies in 1..max_length=64, but got 65"):
+        make(data, stride=65)
+    with pytest.raises(ValueError, match="`layout` must be one of 'packed'.*got 'dense'"):
+        make(data, layout="dense")
     with pytest.raises(ValueError, match="layout='padded' is for rows of one document, but windowing is 'packed'"):
         make(data, layout="padded")
     with pytest.raises(ValueError, match="`max_length` is too small"):

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -149,7 +150,7 @@ def test_workers_get_the_place_of_the_tokens_and_not_the_tokens(make):
 
     module = make()
     module.setup("fit")
-    dataset = module.train_dataloader().dataset
+    dataset = module.train_dataloader().rows
     sent = pickle.dumps(dataset.store)
     assert len(sent) < 500
     assert np.array_equal(pickle.loads(sent).tokens, dataset.store.tokens)
@@ -249,6 +250,13 @@ def test_two_ranks_see_each_row_once_in_a_real_fit(run_ranks, tmp_path):
             {"global_batch_size": 4, "batching": "padding_free", "micro_batch_tokens": 64},
             "A global batch is cut into as many micro-batches .*: leave `micro_batch_tokens` out",
         ),
+        ({"global_batch_size": 0}, "`global_batch_size` must be 1 at least, but got 0"),
+        ({"global_batch_tokens": {"0 samples": -3}}, "`global_batch_tokens` must be 1 at least, but got -3"),
+        (
+            {"global_batch_size": {"0 steps": 2, "50%": 4}},
+            "in samples, tokens, steps or epochs, .*not in shares of",
+        ),
+        ({"seed": -1}, "`seed` must be a whole number, 0 or more, but got -1"),
         ({"eval_context": 8}, "`eval_context` has a meaning for eval_windowing='windows' only, but .* is 'packed'"),
         ({"eval_windowing": "windows", "eval_context": 64}, "lies in 1..max_length-1=63, but got 64"),
         ({"weights": {"a": 1.0}}, "`weights` names every source of a mixture, but got .* of a single `data`"),
@@ -260,13 +268,10 @@ def test_batches_that_contradict_themselves_are_refused(make, options, message):
         make(**options)
 
 
-def test_a_row_above_the_budget_and_a_share_of_the_run_are_refused_when_the_loader_is_made(make):
+def test_a_row_above_the_budget_is_refused_when_the_loader_is_made(make):
     small = make(batching="padding_free", micro_batch_tokens=63)
     with pytest.raises(ValueError, match="holds 63 tokens at most .*one row alone has 64"):
         small.train_dataloader()
-    share = make(global_batch_size={"0 steps": 2, "50%": 4})
-    with pytest.raises(ValueError, match="share of the run"):
-        share.train_dataloader()
 
 
 def test_a_global_batch_beside_an_accumulation_schedule_is_refused(make, tiny_llama, quiet_trainer):
@@ -307,6 +312,34 @@ def test_the_learning_rate_ends_with_the_run_under_a_growing_global_batch(make, 
     num_rows = len(data.table())
     assert trainer.global_step == 15 + -(-(num_rows - 60) // 16) + -(-num_rows // 16)
     assert module.lr_schedulers().get_last_lr()[0] == 0.0
+
+
+def test_the_learning_rate_ends_with_a_run_whose_growing_epochs_are_cut(make, tiny_llama, quiet_trainer):
+    from lightning_llm import LLMModule
+
+    data = make(global_batch_size={"0 samples": 4, "40 samples": 16}, validation_fraction=0.0, max_length=32)
+    module = LLMModule(tiny_llama, lr_schedule="linear", warmup=0)
+    trainer = quiet_trainer(max_epochs=3, limit_train_batches=0.5)
+    trainer.fit(module, data)
+    assert module.lr_schedulers().get_last_lr()[0] == 0.0
+
+
+def test_an_epoch_without_a_batch_and_overfitting_are_no_silent_failures(make, tiny_llama, quiet_trainer):
+    from lightning_llm import LLMModule
+
+    with pytest.raises(ValueError, match=r"Epoch 1 holds no batch: drop_last"):
+        quiet_trainer(max_epochs=3).fit(
+            LLMModule(tiny_llama),
+            make(global_batch_size={"0 epochs": 8, "1 epoch": 10_000}, drop_last=True, validation_fraction=0.0),
+        )
+    rows = []
+
+    class Rows(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            rows.append(batch["row_ids"].tolist())
+
+    quiet_trainer(max_epochs=3, overfit_batches=2, callbacks=[Rows()]).fit(LLMModule(tiny_llama), make())
+    assert rows == rows[:2] * 3
 
 
 # ---- mixtures ----------------------------------------------------------------------------------------------------
@@ -386,6 +419,26 @@ def test_a_mixture_is_resumed_exactly_and_refused_with_other_weights(make, mixtu
         other.load_state_dict(stopped.state_dict())
 
 
+def test_a_mixture_in_another_order_of_its_sources_is_refused(make, mixture):
+    saved = make(data=mixture, validation_fraction=0.0).train_dataloader().state_dict()
+    other = make(data=dict(reversed(mixture.items())), validation_fraction=0.0).train_dataloader()
+    with pytest.raises(ValueError, match=r"sources was \['large', 'small'\] and is \['small', 'large'\]"):
+        other.load_state_dict(saved)
+
+
+def test_a_global_batch_in_tokens_follows_the_shares_of_a_mixture(make, tmp_path):
+    data = {
+        "short": write_documents(tmp_path / "short.jsonl", [2] * 500),
+        "long": write_documents(tmp_path / "long.jsonl", [60] * 500),
+    }
+    options = {"data": data, "validation_fraction": 0.0, "windowing": "documents", "max_length": 512}
+    for weights in ({"short": 1.0, "long": 9.0}, {"short": 9.0, "long": 1.0}):
+        loader = make(**options, weights=weights, global_batch_tokens=4000).train_dataloader()
+        steps = [int((shift_labels(batch["labels"]) != -100).sum()) for batch in loader]
+        assert np.mean(steps[:-1]) == pytest.approx(4000, rel=0.1)
+        assert sum(steps) == pytest.approx(loader.tokens_per_epoch, rel=0.1)
+
+
 def test_parts_of_a_mixture_are_named_alike(make, mixture):
     with pytest.raises(ValueError, match=r"`validation_data` names \['other'\], but the sources of `data` are"):
         make(data=mixture, validation_data={"other": mixture["small"]})
@@ -444,8 +497,6 @@ def test_tokens_that_are_cut_short_in_mid_run_are_an_error_and_no_crash(make, tm
 def test_a_fit_begins_anew_after_a_checkpoint_was_only_evaluated_and_after_a_run_that_failed(
     make, tiny_llama, quiet_trainer, tmp_path
 ):
-    import lightning as L
-
     from lightning_llm import LLMModule
 
     class Rows(L.Callback):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_llm.datamodules.streams.batch import collate_stream_rows
-from lightning_llm.datamodules.streams.loader import StreamLoader, check_num_streams
+from lightning_llm.datamodules.streams.loader import LOOK_AHEAD, StreamLoader, check_num_streams
 from lightning_llm.datamodules.streams.shard_sources import open_shards
 from lightning_llm.datamodules.streams.shards import ShardError
 from lightning_llm.datamodules.streams.virtual_stream import StreamSettings, VirtualStream
@@ -149,6 +149,40 @@ def test_rows_are_shuffled_anew_in_each_epoch_and_in_order_if_asked():
     assert other != orders[0]
     in_order = make_settings(source_of(num_shards=0), shuffle=False, windowing="documents")
     assert document_starts(read(VirtualStream(in_order, 0, 3))) == list(range(25))
+
+
+@pytest.mark.parametrize("num_shards", [0, 1])
+def test_epochs_that_are_cut_short_read_other_documents(num_shards):
+    settings = make_settings(source_of(0, 800, num_shards=num_shards), num_streams=2, pool_tokens=64)
+    seen = set()
+    for epoch in range(10):
+        seen |= set(document_starts(read(VirtualStream(settings, 0, epoch), 20)))
+    whole = len(document_starts(read(VirtualStream(settings, 0, 0))))
+    if num_shards:  # an iterable data set has no other way in than its beginning
+        assert len(seen) < whole / 8
+    else:
+        assert len(seen) > whole / 3
+
+
+def test_the_order_of_a_mixture_in_validation_is_that_of_every_epoch():
+    settings = make_settings(source_of(0, 60), source_of(1000, 60), shuffle=False, stop="each_once", num_streams=1)
+    first, second = ([row.source for row in read(VirtualStream(settings, 0, epoch))] for epoch in (0, 3))
+    assert first == second
+
+
+def test_what_windowing_documents_leaves_out_is_said_once(monkeypatch, recwarn):
+    monkeypatch.setattr("lightning_llm.datamodules.streams.virtual_stream._has_warned_of_cut_tokens", False)
+    read(VirtualStream(make_settings(windowing="packed"), 0, 0))
+    assert not recwarn
+    read(VirtualStream(make_settings(windowing="documents"), 0, 0))
+    (warning,) = recwarn
+    assert "leaves out what is beyond max_length=16: " in str(warning.message)
+
+
+def test_token_ids_beyond_the_vocabulary_are_refused_with_their_document():
+    stream = VirtualStream(make_settings(source_of(num_shards=0), vocab_size=299, shuffle=False), 7, 0)
+    with pytest.raises(ValueError, match=r"gives the id 299 in Dataset, row 199, but its vocabulary has 299 tokens"):
+        read(stream)
 
 
 def test_a_pool_is_no_larger_than_asked_for():
@@ -355,6 +389,41 @@ def test_a_rank_that_cannot_read_stops_all_ranks_at_once_and_says_why(tmp_path):
     assert "1.jsonl" in str(first)
     assert "1.jsonl" in str(second)
     assert "resume the run from its last checkpoint" in str(second)
+
+
+def test_streams_without_any_row_are_an_error_on_all_ranks():
+    """Without it, a run up to max_steps would begin one empty epoch after the other for ever."""
+    for result in Ranks(make_settings(min_length=31), 2, 1).run():
+        assert isinstance(result, ValueError)
+        assert "IterableDataset gave no row in a whole epoch" in str(result)
+        assert "min_length=31 tokens, or unreadable and left out by skip_corrupt=True, or a filter" in str(result)
+    _, state = run_steps(make_settings(), 2, 1, 1)
+    assert run_steps(make_settings(), 2, 1, 1, state=state)[0] == []  # an epoch that is over is none without rows
+
+
+@pytest.mark.parametrize("what", ["collate", "workers", "pin"])
+def test_whatever_fails_on_one_rank_stops_all(what, monkeypatch):
+    ranks = Ranks(make_settings(), 2, 1, **({"num_workers": 1} if what == "workers" else {}))
+    calls = []
+
+    def fail(*args, **kwargs):
+        calls.append(args)
+        if what != "collate" or len(calls) > LOOK_AHEAD + 3:  # within a round
+            raise RuntimeError("no memory is left")
+        return {"row_ids": torch.tensor([0])}
+
+    if what == "workers":
+        ranks.loaders[0].num_workers = 0
+        monkeypatch.setattr("lightning_llm.datamodules.streams.loader.DataLoader", fail)
+    elif what == "collate":
+        ranks.loaders[1].collate = fail
+    else:
+        ranks.loaders[1].pin_memory = True
+        monkeypatch.setattr(torch.Tensor, "pin_memory", fail)
+    first, second = ranks.run()
+    assert isinstance(first, ShardError)
+    assert "Rank 1 cannot read on, so all ranks stop. RuntimeError: no memory is left" in str(first)
+    assert isinstance(second, RuntimeError)
 
 
 def test_ranks_that_see_other_data_are_stopped():

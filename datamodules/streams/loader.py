@@ -13,6 +13,9 @@ that can fail, batches made and page-locked included, comes before they speak: n
 from __future__ import annotations
 
 import itertools
+import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -287,7 +290,23 @@ def _in_workers(
     if not num_workers:
         return iter(rows)
     ahead = max(2, -(-LOOK_AHEAD * micro_batch_size // num_workers))
-    return iter(DataLoader(rows, batch_size=None, num_workers=num_workers, prefetch_factor=ahead, collate_fn=_as_is))
+    options: dict[str, Any] = {"prefetch_factor": ahead, "collate_fn": _as_is, "worker_init_fn": _end_with_parent}
+    return iter(DataLoader(rows, batch_size=None, num_workers=num_workers, **options))
+
+
+def _end_with_parent(worker: int) -> None:
+    """Let a worker process end when the process that it reads for was killed.
+
+    PyTorch's workers notice, and then wait for ever until somebody reads the rows that they have made.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def check_num_streams(num_streams: int, num_ranks: int) -> None:

@@ -395,7 +395,7 @@ def plot(results: dict[str, dict[str, float]], options: argparse.Namespace, cond
         if name == "TRL wrapped":
             note += "   (documents see each other)"
         axes.text(max(positions[index], useful[index]) * 1.01, index, note, va="center", fontsize=8.5)
-    axes.set_xlim(0, max(positions) * 1.38)
+    axes.set_xlim(0, max(positions) * 1.65)
     axes.invert_yaxis()
     axes.set_xlabel("per second")
     axes.set_title(f"Ragged real text, rows of {options.max_length}: label tokens per second", fontsize=11, loc="left")

@@ -472,7 +472,8 @@ def compare_resuming(options: argparse.Namespace, folder: Path) -> tuple[Sequenc
     positions = np.random.default_rng(0).integers(len(table) // 4, len(table) * 3 // 4, 5).tolist()
 
     def resume(position: int) -> None:
-        loader.load_state_dict({"version": 1, "rows": {}, "cursor": Cursor(rows=position).to_state()})
+        state = {"version": 1, "data": {}, "cursor": Cursor(rows=position).to_state(), "global_batch": None}
+        loader.load_state_dict(state)
         next(iter(loader))
 
     def plain_loader() -> Any:

@@ -77,8 +77,8 @@ class BatchSettings:
             raise ValueError(f"`{name}` must be 1 at least, but got {min(schedule.values):g}.")
         if "run" in schedule.units:
             raise ValueError(
-                f"Milestones of `{name}` are in samples, tokens, steps or epochs, which the data know, and not in shares "
-                f"of the run, but got {schedule!r}."
+                f"Milestones of `{name}` are in samples, tokens, steps or epochs, which the data know, and not in "
+                f"shares of the run, but got {schedule!r}."
             )
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -71,13 +72,27 @@ class RowTable:
 
     def segments(self, row: int) -> list[tuple[int, int, int]]:
         """(start, length, num_context) of each window in a row; none in an empty row."""
-        if row == EMPTY_ROW:
-            return []
-        if not 0 <= row < len(self):
-            raise IndexError(f"Row ids lie in 0..{len(self) - 1}, or are {EMPTY_ROW} for an empty row, but got {row}.")
-        part = slice(self.row_offsets[row], self.row_offsets[row + 1])
-        columns = (self.start[part], self.length[part], self.num_context[part])
-        return list(zip(*(column.tolist() for column in columns), strict=True))
+        return self.segments_of([row])[0]
+
+    def segments_of(self, rows: Sequence[int]) -> list[list[tuple[int, int, int]]]:
+        """The same for several rows, looked up at once.
+
+        Raises:
+            IndexError: For a row that does not exist.
+        """
+        ids = np.asarray(rows, dtype=np.int64)
+        wrong = ids[(ids < EMPTY_ROW) | (ids >= len(self))]
+        if len(wrong):
+            raise IndexError(
+                f"Row ids lie in 0..{len(self) - 1}, or are {EMPTY_ROW} for an empty row, but got {wrong[0]}."
+            )
+        begin = self.row_offsets[ids]
+        counts = np.where(ids == EMPTY_ROW, 0, self.row_offsets[ids + 1] - begin)
+        ends = np.cumsum(counts)
+        index = np.repeat(begin - (ends - counts), counts) + np.arange(int(counts.sum()))
+        columns = (self.start[index], self.length[index], self.num_context[index])
+        windows = zip(*(column.tolist() for column in columns), strict=True)
+        return [list(islice(windows, count)) for count in counts.tolist()]
 
 
 def make_rows(
@@ -247,12 +262,13 @@ class RowDataset(torch.utils.data.Dataset[dict[str, Any]]):
         """The segments of each row, views of the store; -1 has none."""
         self.store.check()  # a file that was cut short would otherwise kill the process when it is read
         tokens = self.store.tokens
-        rows = []
-        for row_id in row_ids:
-            parts = self.table.segments(row_id)
-            row = [Segment(tokens[begin : begin + length], num_context) for begin, length, num_context in parts]
-            rows.append(self._count(row_id, row) if row and self.token_bytes is not None else row)
-        return rows
+        rows = [
+            [Segment(tokens[begin : begin + length], num_context) for begin, length, num_context in windows]
+            for windows in self.table.segments_of(row_ids)
+        ]
+        if self.token_bytes is None:
+            return rows
+        return [self._count(row_id, row) if row else row for row_id, row in zip(row_ids, rows, strict=True)]
 
     def _count(self, row_id: int, row: list[Segment]) -> list[Segment]:
         """The segments of a row with the bytes and words behind their targets."""

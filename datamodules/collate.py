@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -86,11 +87,16 @@ def collate_rows(
         segments = [segment for row in rows for segment in row] or [Segment(np.array([pad_token_id]), 1)]
     else:
         segments = _pad(rows, entries["num_input_tokens"].tolist(), pad_token_id, width)
-    lengths = np.array([len(segment.tokens) for segment in segments], dtype=np.int64)
     num_rows = 1 if layout == "padding_free" else len(rows)
     input_ids = np.concatenate([segment.tokens for segment in segments], dtype=np.int64)
-    labels = input_ids.copy()
-    labels[_unscored(segments, lengths)] = IGNORE_INDEX
+    labels, positions = input_ids.copy(), np.empty_like(input_ids)
+    lengths = [len(segment.tokens) for segment in segments]
+    places = np.arange(max(lengths))
+    begin = 0
+    for segment, length in zip(segments, lengths, strict=True):  # slices cost less than building indices for all
+        labels[begin : begin + min(max(segment.num_context, 1), length)] = IGNORE_INDEX
+        positions[begin : begin + length] = places[:length]
+        begin += length
     batch: dict[str, Any] = {
         "input_ids": torch.from_numpy(input_ids.reshape(num_rows, -1)),
         "labels": torch.from_numpy(labels.reshape(num_rows, -1)),
@@ -99,7 +105,12 @@ def collate_rows(
     if layout == "padded":
         columns = torch.arange(batch["input_ids"].shape[1])
         return {**batch, "attention_mask": (columns < batch["num_input_tokens"][:, None]).long()}
-    return {**batch, **_positions(lengths, num_rows)}
+    batch["position_ids"] = torch.from_numpy(positions.reshape(num_rows, -1))
+    if num_rows == 1:
+        edges = torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32))
+        batch |= {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges}
+        batch |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+    return batch
 
 
 def _check(rows: Sequence[Sequence[Segment]], layout: Layout, width: int | None) -> None:
@@ -130,52 +141,25 @@ def _pad(rows: Sequence[Sequence[Segment]], used: list[int], pad_token_id: int, 
     return segments
 
 
-def _unscored(segments: Sequence[Segment], lengths: Int64Array) -> Int64Array:
-    """Where the batch has no target, (n,) int64, counted over all segments end to end.
-
-    Segments of 4 and 3 tokens with 2 and 0 tokens of context: 0, 1, then 4, the second one's first token.
-    """
-    context = np.array([segment.num_context for segment in segments], dtype=np.int64)
-    counts = np.minimum(np.maximum(context, 1), lengths)
-    shifts = (np.cumsum(lengths) - lengths) - (np.cumsum(counts) - counts)
-    return np.repeat(shifts, counts) + np.arange(counts.sum())
-
-
-def _positions(lengths: Int64Array, num_rows: int) -> dict[str, Any]:
-    """Positions that restart with each segment; of a single row also where its segments begin and end."""
-    longest = int(lengths.max())
-    counts = np.arange(longest)
-    position_ids = np.concatenate([counts[:length] for length in lengths.tolist()])
-    positions: dict[str, Any] = {"position_ids": torch.from_numpy(position_ids.reshape(num_rows, -1))}
-    if num_rows == 1:
-        edges = torch.from_numpy(np.append(0, np.cumsum(lengths)).astype(np.int32))
-        positions |= {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": longest, "max_length_k": longest}
-    return positions
-
-
 def _entries(
     rows: Sequence[Sequence[Segment]], layout: Layout, per_row: Mapping[str, Int64Array], counts: Sequence[Count]
 ) -> dict[str, Tensor]:
     """What a batch has one entry of for each row, or for each segment where there are no rows."""
-    segments = [segment for row in rows for segment in row]
-    lengths = [len(segment.tokens) for segment in segments]
-    if 0 in lengths:
+    lengths = [[len(segment.tokens) for segment in row] for row in rows]
+    if not all(map(all, lengths)):
         raise ValueError(
-            f"A segment must hold one token at least, but segment {lengths.index(0)} of the batch is empty."
+            f"A segment must hold one token at least, but segment {[*chain(*lengths)].index(0)} of the batch is empty."
         )
-    row = np.repeat(np.arange(len(rows)), [len(row) for row in rows])  # of each segment
-    entry = row
-    rows_shown = np.arange(len(rows))
-    if layout == "padding_free":
-        entry = np.arange(len(segments))
-        rows_shown = row if len(row) else np.zeros(1, np.int64)
-
-    def add_up(values: list[Any]) -> Tensor:
-        sums = np.bincount(entry, values, minlength=len(rows_shown))
-        return torch.from_numpy(np.rint(sums).astype(np.int64))  # whole numbers: precision plugins cast floats
-
+    if layout == "padding_free":  # a row of each segment; of an empty batch, one of its padding
+        row = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+        row = row if len(row) else np.zeros(1, np.int64)
+        per_row = {name: values[row] for name, values in per_row.items()}
+        lengths = [[length] for length in chain(*lengths)] or [[]]
+        rows = [[segment] for segment in chain(*rows)] or [[]]
+    counted = {name: [sum(getattr(segment, name) for segment in row) for row in rows] for name in counts}
     return {
-        **{name: torch.from_numpy(values[rows_shown]) for name, values in per_row.items()},
-        **{name: add_up([getattr(segment, name) for segment in segments]) for name in counts},
-        "num_input_tokens": add_up(lengths),
+        **{name: torch.from_numpy(values) for name, values in per_row.items()},
+        # whole numbers, as precision plugins cast floats
+        **{name: torch.from_numpy(np.rint(values).astype(np.int64)) for name, values in counted.items()},
+        "num_input_tokens": torch.tensor([sum(each) for each in lengths], dtype=torch.int64),
     }

@@ -290,15 +290,17 @@ def _in_workers(
     if not num_workers:
         return iter(rows)
     ahead = max(2, -(-LOOK_AHEAD * micro_batch_size // num_workers))
-    options: dict[str, Any] = {"prefetch_factor": ahead, "collate_fn": _as_is, "worker_init_fn": _end_with_parent}
+    options: dict[str, Any] = {"prefetch_factor": ahead, "collate_fn": _as_is, "worker_init_fn": _begin_worker}
     return iter(DataLoader(rows, batch_size=None, num_workers=num_workers, **options))
 
 
-def _end_with_parent(worker: int) -> None:
-    """Let a worker process end when the process that it reads for was killed.
+def _begin_worker(worker: int) -> None:
+    """Encode in this one thread; end when the process that it reads for was killed.
 
-    PyTorch's workers notice, and then wait for ever until somebody reads the rows that they have made.
+    The tokenizer's threads do not come along into a forked process, and waiting for them would last for ever. PyTorch's
+    workers notice that their parent is gone, and then wait for ever until somebody reads the rows that they have made.
     """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = os.getppid()
 
     def watch() -> None:

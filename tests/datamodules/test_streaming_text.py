@@ -2,7 +2,10 @@
 
 import gzip
 import json
+import os
 import random
+import subprocess
+import sys
 
 import datasets
 import lightning as L
@@ -428,3 +431,24 @@ def test_settings_that_do_not_fit_are_refused(data):
     iterable = datasets.Dataset.from_dict({"text": ["a b"]}).to_iterable_dataset()
     with pytest.raises(ValueError, match=r"which iterable data sets do not tell: \['b'\]. Pass weights"):
         make({"a": data, "b": iterable}).setup("fit")
+
+
+def test_workers_encode_where_the_tokenizer_has_run_on_threads_before(tmp_path):
+    """Threads do not come along into a forked process; waiting for them would hang the run, hence the time limit."""
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": f"document {n} " * 30}) + "\n" for n in range(90)))
+    code = (
+        "import os, sys\n"
+        "from lightning_llm.datamodules import StreamingTextDataModule\n"
+        "from lightning_llm.datamodules.tokenizer import byte_tokenizer, encoder\n"
+        "encoder(byte_tokenizer(), append_eos=True)(['hello world ' * 50] * 200)\n"
+        "options = {'max_length': 64, 'micro_batch_size': 2, 'num_streams': 2, 'num_workers': 2}\n"
+        "batches = iter(StreamingTextDataModule(sys.argv[1], 'bytes', **options).train_dataloader())\n"
+        "assert next(batches)['input_ids'].shape == (2, 64)\n"
+        "os._exit(0)\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "data.jsonl")],
+        env={**os.environ, "TOKENIZERS_PARALLELISM": "true"},
+        timeout=60,
+        check=True,
+    )

@@ -94,7 +94,8 @@ def train(
     rows = rows_in_step // world_size // accumulate
     datamodule = StreamingTextDataModule(data, "bytes", micro_batch_size=rows, **{**defaults, **options})
     torch.manual_seed(0)
-    module = LLMModule(MODEL, learning_rate=1e-2, lr_schedule="constant", warmup=0)
+    # Biases of keys have a gradient of rounding errors alone, which Adam with its usual eps makes steps of.
+    module = LLMModule(MODEL, learning_rate=1e-2, eps=1e-4, lr_schedule="constant", warmup=0)
     callbacks = [Steps(folder / f"{name}-rank{rank}.jsonl"), *callbacks, TokenWeightedAccumulation()]
     if save_every:
         callbacks.append(SaveEvery(folder, save_every))

@@ -293,8 +293,10 @@ def reference(tmp_path):
     return data, weights, steps_of(folder, "whole")
 
 
-def close(weights, reference):
-    return torch.allclose(torch.tensor(weights, dtype=torch.float64), reference, rtol=0, atol=1e-9)
+def check_weights(ranks, run, reference):
+    for number, rank in enumerate(ranks):
+        weights = torch.tensor(rank["weights"][run], dtype=torch.float64)
+        torch.testing.assert_close(weights, reference, rtol=0, atol=1e-9, msg=lambda m, n=number: f"rank {n}: {m}")
 
 
 @pytest.mark.slow
@@ -314,7 +316,7 @@ def test_a_run_killed_on_two_ranks_goes_on_on_one(run_ranks, tmp_path, reference
     rest = steps_of(folder, "one")
     check_steps(rest, expected, f"one rank after {kill_after}")
     assert set(killed) | {last} | set(rest) == set(expected)
-    assert close(found, weights)
+    torch.testing.assert_close(found, weights, rtol=0, atol=1e-9)
 
 
 class Crash(L.Callback):
@@ -345,13 +347,13 @@ def test_two_ranks_go_on_where_one_crashed_and_a_rank_that_runs_dry_hangs_nobody
     rest = steps_of(folder, "resumed", 2)
     check_steps(rest, expected, f"two ranks after {crash_after}")
     assert set(steps_of(tmp_path, "crashed")) | set(rest) == set(expected)
-    assert all(close(rank["weights"][0], weights) for rank in ranks)
+    check_weights(ranks, 0, weights)
 
     assert steps_of(folder, "uneven", 2) == steps_of(tmp_path, "whole")
     held = [[json.loads(line)[2] for line in (folder / f"uneven-rank{n}.jsonl").open()] for n in range(2)]
     assert len(held[0]) == len(held[1])
     assert max(sum(not rows for rows in part) for part in held) > 2  # or it shows nothing
-    assert all(close(rank["weights"][1], whole) for rank in ranks)
+    check_weights(ranks, 1, whole)
 
 
 @pytest.mark.slow
@@ -384,7 +386,7 @@ def test_chains_of_kills_and_resumes_on_changing_layouts(run_ranks, tmp_path, se
         resume = str((folder / "last.ckpt").rename(tmp_path / f"run{number}.ckpt"))
         at = max(found)[1]
     assert set(expected) - seen == set() or len(set(expected) - seen) <= len(layouts)
-    assert all(close(rank["weights"][0], weights) for rank in results)
+    check_weights(results, 0, weights)
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from lightning_llm.datamodules.streams.loader import StreamLoader
 from lightning_llm.datamodules.streams.shard_sources import open_shards
 from lightning_llm.datamodules.streams.shards import ShardedSource
 from lightning_llm.datamodules.streams.virtual_stream import Stop, StreamSettings
-from lightning_llm.datamodules.text_settings import check_weights, check_windowing
+from lightning_llm.datamodules.text_settings import check_numbers, check_shares, check_weights, check_windowing
 from lightning_llm.datamodules.tokenizer import byte_tokenizer, encoder, load_tokenizer, token_bytes
 
 _Split = Literal["train", "validation"]
@@ -119,8 +119,17 @@ class StreamingTextDataModule(ResumableDataModule):
                 f"mixture both are mappings, for a single source neither is."
             )
         check_weights(weights, self.data)
-        if not temperature > 0:
-            raise ValueError(f"`temperature` must be above 0, but got {temperature}.")
+        check_shares(temperature=temperature)
+        check_numbers(
+            max_length=max_length,
+            micro_batch_size=micro_batch_size,
+            eval_micro_batch_size=eval_micro_batch_size,
+            num_streams=num_streams,
+            pool_tokens=pool_tokens,
+            min_length=min_length,
+            num_workers=num_workers,
+            seed=seed,
+        )
         check_windowing("windowing", windowing, "stride", stride, max_length)
         _check_choice("stop", stop, Stop)
         if layout is not None:
@@ -128,10 +137,6 @@ class StreamingTextDataModule(ResumableDataModule):
         is_packed = windowing in ("packed", "wrapped")
         if layout == "padded" and is_packed:
             raise ValueError(f"layout='padded' is for rows of one document, but windowing is {windowing!r}.")
-        sizes = {"max_length": max_length - 1, "micro_batch_size": micro_batch_size, "num_streams": num_streams}
-        for name, size in {**sizes, "pool_tokens": pool_tokens or 1, "num_workers": num_workers + 1}.items():
-            if size < 1:
-                raise ValueError(f"`{name}` is too small. max_length starts at 2, num_workers at 0, the others at 1.")
         self.max_length = max_length
         self.windowing: Windowing = windowing
         self.layout: Layout = layout or ("packed" if is_packed else "padded")

@@ -21,7 +21,14 @@ from lightning_llm.datamodules.resumable import ResumableDataModule
 from lightning_llm.datamodules.rows import RowDataset, RowTable, Windowing
 from lightning_llm.datamodules.sources import STDLIB
 from lightning_llm.datamodules.summary import describe_source, plot_lengths, zlib_bits_per_byte
-from lightning_llm.datamodules.text_settings import check_sizes, check_weights, check_windowing, named_sources, part_of
+from lightning_llm.datamodules.text_settings import (
+    check_numbers,
+    check_shares,
+    check_weights,
+    check_windowing,
+    named_sources,
+    part_of,
+)
 from lightning_llm.datamodules.text_source import Split, SplitRows, TextSource, prepare_tokenizer
 from lightning_llm.datamodules.token_store import TokenStore
 from lightning_llm.schedule import Schedule
@@ -128,12 +135,16 @@ class TextDataModule(ResumableDataModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__(tokenizer, pin_memory)
-        sizes = {
-            "micro_batch_size": micro_batch_size,
-            "micro_batch_tokens": micro_batch_tokens,
-            "eval_micro_batch_size": eval_micro_batch_size,
-        }
-        check_sizes(max_length, validation_fraction, sizes, seed)
+        check_numbers(
+            max_length=max_length,
+            micro_batch_size=micro_batch_size,
+            micro_batch_tokens=micro_batch_tokens,
+            eval_micro_batch_size=eval_micro_batch_size,
+            min_length=min_length,
+            num_workers=num_workers,
+            seed=seed,
+        )
+        check_shares(validation_fraction=validation_fraction, temperature=temperature)
         check_windowing("windowing", windowing, "stride", stride, max_length)
         eval_stride = None if eval_context is None else max_length - eval_context
         check_windowing("eval_windowing", eval_windowing or windowing, "eval_context", eval_stride, max_length)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 
@@ -33,17 +34,24 @@ def part_of(other: Any, name: str, data: Any, argument: str) -> Any:
     return other.get(name)
 
 
-def check_sizes(max_length: int, validation_fraction: float, sizes: dict[str, int | None], seed: int) -> None:
-    """Refuse sizes that hold nothing, and a seed that is none."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"`seed` must be a whole number, 0 or more, but got {seed!r}.")
-    if max_length < 2:
-        raise ValueError(f"`max_length` must be 2 at least (a token and its prediction), but got {max_length}.")
-    for name, size in sizes.items():
-        if size is not None and size < 1:
-            raise ValueError(f"`{name}` must be 1 at least, but got {size}.")
+_LEAST = {"max_length": 2, "num_workers": 0, "min_length": 0, "seed": 0}  # a token and its prediction
+
+
+def check_numbers(**numbers: int | None) -> None:
+    """Refuse what is no whole number, or too small for what it counts; None stands for a default."""
+    for name, number in numbers.items():
+        least = _LEAST.get(name, 1)
+        is_whole = isinstance(number, Integral) and not isinstance(number, bool)
+        if number is not None and not (is_whole and number >= least):
+            raise ValueError(f"`{name}` must be a whole number, {least} or more, but got {number!r}.")
+
+
+def check_shares(*, validation_fraction: float = 0.0, temperature: float = 1.0) -> None:
+    """Refuse a part that is none, and a temperature that no mixture has."""
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"`validation_fraction` lies in 0..1, 1 excluded, but got {validation_fraction}.")
+    if not temperature > 0:
+        raise ValueError(f"`temperature` must be above 0, but got {temperature}.")
 
 
 def check_windowing(name: str, windowing: str, option: str, stride: int | None, max_length: int) -> None:

@@ -426,8 +426,9 @@ def test_settings_that_do_not_fit_are_refused(data):
         make(data, layout="dense")
     with pytest.raises(ValueError, match="layout='padded' is for rows of one document, but windowing is 'packed'"):
         make(data, layout="padded")
-    with pytest.raises(ValueError, match="`max_length` is too small"):
-        make(data, max_length=1)
+    for name, least, wrong in [("max_length", 2, 1), ("num_streams", 1, 0), ("pool_tokens", 1, 0), ("seed", 0, 0.5)]:
+        with pytest.raises(ValueError, match=f"`{name}` must be a whole number, {least} or more, but got {wrong}"):
+            make(data, **{name: wrong})
     with pytest.raises(ValueError, match="tokenizer='bpe' would read the whole stream"):
         make(data, tokenizer="bpe").tokenizer  # noqa: B018
     iterable = datasets.Dataset.from_dict({"text": ["a b"]}).to_iterable_dataset()

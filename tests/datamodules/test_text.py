@@ -182,8 +182,11 @@ def test_no_validation_document_is_explained(make, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_length": 1}, "`max_length` must be 2 at least"),
-        ({"micro_batch_size": 0}, "`micro_batch_size` must be 1 at least"),
+        ({"max_length": 1}, "`max_length` must be a whole number, 2 or more, but got 1"),
+        ({"micro_batch_size": 0}, "`micro_batch_size` must be a whole number, 1 or more, but got 0"),
+        ({"eval_micro_batch_size": 2.5}, "`eval_micro_batch_size` must be a whole number, 1 or more, but got 2.5"),
+        ({"num_workers": -1}, "`num_workers` must be a whole number, 0 or more, but got -1"),
+        ({"temperature": 0.0}, "`temperature` must be above 0, but got 0.0"),
         ({"validation_fraction": 1.0}, "`validation_fraction` lies in 0..1"),
         (
             {"windowing": "sliding"},

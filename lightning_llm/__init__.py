@@ -12,9 +12,20 @@ if TYPE_CHECKING:
     from lightning_llm.module import LLMModule
     from lightning_llm.run_length import total_optimizer_steps
     from lightning_llm.schedule import Progress, Schedule
+    from lightning_llm.windowed import windowed_loss, windowed_nll
 
 __version__ = "0.1.0"
-__all__ = ["Duration", "LLMModule", "Progress", "Schedule", "__version__", "total_optimizer_steps", "verify_packing"]
+__all__ = [
+    "Duration",
+    "LLMModule",
+    "Progress",
+    "Schedule",
+    "__version__",
+    "total_optimizer_steps",
+    "verify_packing",
+    "windowed_loss",
+    "windowed_nll",
+]
 
 _HOME = {
     "Duration": "lightning_llm.duration",
@@ -23,6 +34,8 @@ _HOME = {
     "Schedule": "lightning_llm.schedule",
     "total_optimizer_steps": "lightning_llm.run_length",
     "verify_packing": "lightning_llm.isolation",
+    "windowed_loss": "lightning_llm.windowed",
+    "windowed_nll": "lightning_llm.windowed",
 }
 
 

@@ -23,6 +23,7 @@ from lightning_llm.run_length import total_optimizer_steps
 from lightning_llm.sharding import build_sharded
 from lightning_llm.step_window import MicroBatch, StepWindow
 from lightning_llm.tasks import TASKS
+from lightning_llm.tasks.windowed_causal_lm import WindowedCausalLM
 from lightning_llm.unpacking import unpack_documents
 
 
@@ -51,11 +52,16 @@ class LLMModule(L.LightningModule):
         warmup: Length of the warm-up: ``"500 steps"`` or 500, ``"2M tokens"``, ``"5%"`` or 0.05 of the run.
         lr_schedule_options: Further options of the schedule, for instance ``{"min_lr_rate": 0.1}``.
         gradient_checkpointing: Recompute each layer's activations in backward instead of keeping them.
+        sequence_window: Cut each row into windows of so many tokens: the exact gradient in the memory of a window, and
+            of the keys and values of the row, at the cost of another forward pass. See
+            :func:`~lightning_llm.windowed.windowed_loss` for the models that allow it. None: no windows.
         attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, ...; transformers' choice if None.
         dtype: Type of the parameters; if None, what the Trainer's ``precision`` asks for (float32 for mixed).
         trust_remote_code: Run model code that comes with the hub repository or folder. Off unless asked for.
         leaking_packs: What to do if the model lets packed documents see each other, which is found out before the first
             packed batch: ``refuse`` it, or ``unpack`` each batch into one document a row, which costs padding.
+        loss_kernel: ``plain`` computes the loss from logits; ``chunked`` from hidden states, without logits in memory;
+            on a GPU also ``liger`` (package liger-kernel) and ``cce`` (cut-cross-entropy). Windows are always chunked.
 
     Raises:
         ValueError: For an unknown task, schedule, duration or configuration field.
@@ -82,10 +88,12 @@ class LLMModule(L.LightningModule):
         warmup: str | int | float = "2%",
         lr_schedule_options: dict[str, Any] | None = None,
         gradient_checkpointing: bool = False,
+        sequence_window: int | None = None,
         attn_implementation: str | None = None,
         dtype: str | None = None,
         trust_remote_code: bool = False,
         leaking_packs: Literal["refuse", "unpack"] = "refuse",
+        loss_kernel: Literal["plain", "chunked", "liger", "cce"] = "plain",
     ) -> None:
         super().__init__()
         if model is None:
@@ -97,8 +105,12 @@ class LLMModule(L.LightningModule):
             raise ValueError(f"`task` must be one of {', '.join(TASKS)}, but got {task!r}.")
         if leaking_packs not in ("refuse", "unpack"):
             raise ValueError(f"`leaking_packs` must be 'refuse' or 'unpack', but got {leaking_packs!r}.")
+        if loss_kernel not in ("chunked", "liger", "cce", "plain"):
+            raise ValueError(f"`loss_kernel` must be 'plain', 'chunked', 'liger' or 'cce', but got {loss_kernel!r}.")
+        if sequence_window is not None and loss_kernel in ("liger", "cce"):
+            raise ValueError(f"Windows compute a loss of their own ('chunked'), not {loss_kernel!r}: leave that out.")
         self.save_hyperparameters(ignore=["model"])
-        self.task = TASKS[task]()
+        self.task = TASKS[task](loss_kernel) if sequence_window is None else WindowedCausalLM(sequence_window)
         self.source = model
         self.config = resolve_config(model, trust_remote_code=trust_remote_code)
         self.model: nn.Module | None = model if isinstance(model, nn.Module) else None

@@ -34,6 +34,7 @@ MODULES = sorted(
         "lightning_llm.datamodules.batches",
         "lightning_llm.datamodules.questions",
         "lightning_llm.datamodules.streams",
+        "lightning_llm.sequence_windows",
         "lightning_llm.tasks",
     )
     for info in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}.")

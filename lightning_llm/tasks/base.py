@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_llm.head_loss import LossKernel
 from lightning_llm.loss import TokenLoss
 
 
@@ -18,10 +19,16 @@ class Task(ABC):
     Attributes:
         name: What users write in ``LLMModule(task=...)``.
         auto_class: The transformers class that builds the model, for instance ``AutoModelForCausalLM``.
+
+    Args:
+        loss_kernel: How a task with a large vocabulary computes its loss: ``chunked``, ``plain``, ``liger``, ``cce``.
     """
 
     name: ClassVar[str]
     auto_class: ClassVar[str]
+
+    def __init__(self, loss_kernel: LossKernel = "plain") -> None:
+        self.loss_kernel: LossKernel = loss_kernel
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> TokenLoss:

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_llm.loss import IGNORE_INDEX, TokenLoss, shift_labels, token_cross_entropy, token_nll
+from lightning_llm.head_loss import causal_lm_loss, causal_lm_token_nll
+from lightning_llm.loss import IGNORE_INDEX, TokenLoss, shift_labels, token_nll
 from lightning_llm.metrics import LanguageModelingMetrics
 from lightning_llm.tasks.base import Task
 from lightning_llm.unpacking import sum_rows
@@ -27,12 +28,16 @@ class CausalLM(Task):
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> TokenLoss:
         """Sum the cross-entropy over the batch's label tokens."""
-        return token_cross_entropy(self.outputs(model, batch), _labels(batch))
+        inputs = {**decoder_inputs(model, batch), "use_cache": False}
+        return causal_lm_loss(model, inputs, labels_of(batch), loss_kernel=self.loss_kernel)
 
     def score(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Score each row: ``nll`` (rows,) in nats and ``num_tokens`` (rows,)."""
-        labels = _labels(batch)
-        nll = token_nll(self.outputs(model, batch), labels)
+        labels = labels_of(batch)
+        if self.loss_kernel == "plain":
+            nll = token_nll(self.outputs(model, batch), labels)
+        else:
+            nll = causal_lm_token_nll(model, {**decoder_inputs(model, batch), "use_cache": False}, labels)
         is_target = shift_labels(labels) != IGNORE_INDEX
         return {"nll": sum_rows(nll, batch), "num_tokens": sum_rows(is_target.long(), batch)}
 
@@ -77,7 +82,12 @@ def flatten_rows(inputs: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _labels(batch: Mapping[str, Any]) -> Tensor:
+def labels_of(batch: Mapping[str, Any]) -> Tensor:
+    """The batch's labels, (batch, seq).
+
+    Raises:
+        KeyError: If it has none.
+    """
     if "labels" not in batch:
         raise KeyError(
             f"A causal-lm batch needs `labels` (unshifted, -100 where there is no target), but got the keys "

@@ -1,0 +1,279 @@
+"""Attention of a window's queries to all keys so far, without a mask in memory, in place of a model's own.
+
+The past is seen whole, the window's own keys causally; both parts are joined by the logarithms of their normalisers.
+Packed documents and sliding windows restrict which keys are looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from lightning_llm.sequence_windows import kernels
+from lightning_llm.sequence_windows.kernels import ALL, CAUSAL, Scores, Visible
+from lightning_llm.sequence_windows.layout import Window
+from lightning_llm.sequence_windows.random_states import RandomState
+
+WINDOWED_ATTENTION = "lightning_llm_windowed"
+# What transformers hands on to every attention function, and what changes nothing here.
+_HARMLESS_TENSORS = ("position_ids", "cache_position", "position_embeddings")
+
+
+class UnsupportedModelError(ValueError):
+    """The model has something that cannot be cut into windows.
+
+    Args:
+        reason: What it is, as a sentence.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason} Train it without windows: `gradient_checkpointing=True` lowers memory, too.")
+
+
+class Part(NamedTuple):
+    """Queries and keys that meet, as slices of a window's queries and of the keys that its layer sees."""
+
+    rows: slice
+    queries: slice
+    keys: slice
+    visible: Visible
+
+
+@contextmanager
+def attention_replaced(config: Any) -> Iterator[None]:
+    """Inside, models of this configuration attend by :func:`windowed_attention`.
+
+    Args:
+        config: The decoder's transformers configuration.
+    """
+    before = config._attn_implementation
+    config._attn_implementation = WINDOWED_ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def windowed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sequence_window: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention function for transformers: (batch, heads, window, head_dim) to (batch, window, heads, value_dim).
+
+    Args:
+        module: The model's attention module.
+        query: Of the window's tokens.
+        key: What the layer's cache returned: (batch, kv_heads, past + window, head_dim).
+        value: As ``key``.
+        attention_mask: None; the window says what is seen.
+        dropout: Probability that an attention weight is dropped.
+        scaling: Factor of the scores; 1 / sqrt(head_dim) if None.
+        softcap: Soft-capping of the scores, or None.
+        sequence_window: The cache's place, handed through the model's keyword arguments.
+        **kwargs: What else the model hands on.
+
+    Raises:
+        UnsupportedModelError: If the model asks for something else than causal attention.
+    """
+    layer = _layer_of(module, sequence_window, attention_mask, key, kwargs)
+    query, key, value = _autocast(query, key, value)
+    window: Window = sequence_window.window
+    scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, dropout)
+    parts = attention_parts(window, layer.first_key, layer.sliding_window)
+    out: Tensor = _Attention.apply(query, key, value, scores, parts)  # type: ignore[no-untyped-call]
+    layer.attended_in = window.index
+    return out.transpose(1, 2).contiguous(), None
+
+
+def attention_parts(window: Window, first_key: int, sliding_window: int | None) -> list[Part]:
+    """Which of a window's queries meet which keys: for each document its past, seen whole, and its causal diagonal.
+
+    Args:
+        window: With its documents.
+        first_key: Position of the first key that the layer shows.
+        sliding_window: Number of keys that a query sees at most, itself among them; None for no limit.
+
+    Returns:
+        The parts; those with the same queries stand one after the other.
+
+    Example:
+        >>> from lightning_llm.sequence_windows.layout import make_windows
+        >>> window = make_windows([0, 4, 6], None)[1]
+        >>> [(part.keys.start, part.keys.stop, part.visible.diagonal) for part in attention_parts(window, 0, None)]
+        [(0, 4, None), (4, 6, 0)]
+    """
+    parts = []
+    for rows, begin, end, document in window.segments:
+        first = max(document, first_key)
+        queries = slice(begin - window.begin, end - window.begin)
+        past, diagonal = slice(first - first_key, begin - first_key), slice(begin - first_key, end - first_key)
+        if sliding_window is not None and sliding_window < end - first:  # it hides keys from some query
+            band = Visible(begin - first, sliding_window)
+            parts.append(Part(rows, queries, slice(past.start, diagonal.stop), band))
+            continue
+        if first < begin:
+            parts.append(Part(rows, queries, past, ALL))
+        parts.append(Part(rows, queries, diagonal, CAUSAL))
+    return parts
+
+
+class _Attention(torch.autograd.Function):
+    """Attention by parts; the backward draws the same dropout again, part by part."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scores: Scores, parts: list[Part]) -> Tensor:
+        """Attend, and keep the output and the logarithm of the normaliser."""
+        ctx.random = RandomState(query.device) if scores.dropout else None
+        with _no_autocast(query):
+            out, log_sum = _forward(query, key, value, scores, parts)
+        ctx.save_for_backward(query, key, value, out, log_sum)
+        ctx.scores, ctx.parts = scores, parts
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        """Make the weights again from the scores."""
+        query, key, value, out, log_sum = ctx.saved_tensors
+        with _no_autocast(grad_out), nullcontext() if ctx.random is None else ctx.random.replayed():
+            grads = _backward(grad_out, query, key, value, out, log_sum, ctx.scores, ctx.parts)
+        return *grads, None, None
+
+
+def _forward(query: Tensor, key: Tensor, value: Tensor, scores: Scores, parts: list[Part]) -> tuple[Tensor, Tensor]:
+    done: list[tuple[Part, Tensor, Tensor]] = []
+    for part in parts:
+        q, k, v = query[part.rows, :, part.queries], key[part.rows, :, part.keys], value[part.rows, :, part.keys]
+        out, log_sum = kernels.forward(q, k, v, scores, part.visible)
+        if done and done[-1][0][:2] == part[:2]:
+            out, log_sum = kernels.join(*done.pop()[1:], out, log_sum)
+        done.append((part, out, log_sum))
+    if len(done) == 1:
+        return done[0][1:]
+    whole = query.new_empty(*query.shape[:3], value.shape[-1])
+    whole_log = done[0][2].new_empty(query.shape[:3])
+    for part, out, log_sum in done:
+        whole[part.rows, :, part.queries], whole_log[part.rows, :, part.queries] = out, log_sum
+    return whole, whole_log
+
+
+def _backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    log_sum: Tensor,
+    scores: Scores,
+    parts: list[Part],
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_query, grad_key, grad_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    for rows, queries, keys, visible in parts:
+        g, q, o = grad_out[rows, :, queries], query[rows, :, queries], out[rows, :, queries]
+        k, v = key[rows, :, keys], value[rows, :, keys]
+        by_part = kernels.backward(g, q, k, v, o, log_sum[rows, :, queries], scores, visible)
+        grad_query[rows, :, queries] += by_part[0]
+        grad_key[rows, :, keys], grad_value[rows, :, keys] = by_part[1:]  # no key is in two parts
+    return grad_query, grad_key, grad_value
+
+
+def _layer_of(module: nn.Module, place: Any, mask: Tensor | None, key: Tensor, kwargs: dict[str, Any]) -> Any:
+    """The cache's layer of an attention module, after a look at whether the model asks for anything unknown."""
+    name = type(module).__name__
+    if place is None:
+        raise UnsupportedModelError(f"The model does not hand keyword arguments on to {name}, which windows need.")
+    layer_idx = getattr(module, "layer_idx", None)
+    layers = place.layers
+    if layer_idx is None or layer_idx >= len(layers) or not hasattr(layers[layer_idx], "attended_in"):
+        raise UnsupportedModelError(f"{name} has no keys and values of its own in the cache (layer {layer_idx}).")
+    layer = layers[layer_idx]
+    unknown = [k for k, v in kwargs.items() if isinstance(v, Tensor) and k not in _HARMLESS_TENSORS]
+    if unknown:
+        raise UnsupportedModelError(f"{name} attends with {', '.join(unknown)}, which windows do not know.")
+    is_causal = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise UnsupportedModelError(f"{name} is not causal: a token of one window would see later windows.")
+    if mask is not None:
+        raise UnsupportedModelError(f"{name} makes an attention mask of its own, of shape {tuple(mask.shape)}.")
+    sliding = kwargs.get("sliding_window")
+    if sliding is not None and sliding != layer.sliding_window:
+        raise UnsupportedModelError(
+            f"{name} has a sliding window of {sliding} tokens, but the cache's layer one of {layer.sliding_window}."
+        )
+    if key.shape[2] != place.window.end - layer.first_key:
+        raise UnsupportedModelError(f"{name} does not attend to what its cache returned ({key.shape[2]} keys).")
+    return layer
+
+
+def _autocast(*states: Tensor) -> tuple[Tensor, ...]:
+    """In autocast's type, as it does with the operands of torch's own attention."""
+    kind = states[0].device.type
+    if not torch.is_autocast_enabled(kind) or states[0].dtype == torch.float64:
+        return states
+    return tuple(x.to(torch.get_autocast_dtype(kind)) for x in states)
+
+
+def _no_autocast(states: Tensor) -> torch.autocast:
+    return torch.autocast(states.device.type, enabled=False)
+
+
+# ---- the mask that a model asks for is not built, but looked at ----------------------------------------------------
+
+
+def check_mask_function(
+    mask_function: Callable[..., Tensor] | None = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    **kwargs: Any,
+) -> None:
+    """Make sure that the mask which a model asks for is the one that windows have: causal, or causal and sliding.
+
+    Args:
+        mask_function: From batch, head, query and key indices to True where the key is seen.
+        local_size: Width of a sliding window or of chunks.
+        use_vmap: Whether the model puts a mask function of its own on top.
+        **kwargs: What else transformers hands on.
+
+    Raises:
+        UnsupportedModelError: If it is another mask.
+    """
+    assert mask_function is not None
+    reach = 2 * (local_size or 8) + 3
+    query = torch.arange(reach + 1).clamp(max=reach)
+    steps = torch.tensor([-2, -1, 0, 1, 2, reach])
+    near = query[:, None] - steps
+    far = query[:, None] - (local_size or 8) - steps
+    key = torch.cat([near, far], 1).clamp(min=0)
+    query = query[:, None].expand_as(key)
+    expected = key <= query
+    if local_size is not None:
+        expected &= key > query - local_size
+    device = kwargs.get("device", "cpu")
+    zero = torch.zeros_like(query, device=device)
+    try:
+        seen = None if use_vmap else mask_function(zero, zero, query.to(device), key.to(device))
+    except (IndexError, RuntimeError):
+        seen = None
+    if not isinstance(seen, Tensor) or not torch.equal(seen.expand(key.shape).cpu(), expected):
+        raise UnsupportedModelError(
+            "The model asks for an attention mask that is neither causal nor a causal sliding window (chunks, "
+            "bidirectional attention or prefixes, say)."
+        )
+
+
+AttentionInterface.register(WINDOWED_ATTENTION, windowed_attention)
+AttentionMaskInterface.register(WINDOWED_ATTENTION, check_mask_function)

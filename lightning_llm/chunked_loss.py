@@ -295,8 +295,8 @@ def _operand_dtype(hidden: Tensor, dtype: torch.dtype) -> torch.dtype:
 
 
 def _tile_side(weight: Tensor) -> int:
-    """As large as products need to be fast; tiles, with the pieces of weight and hidden beside them, below 32 MiB."""
-    return 2048 if weight.device.type == "cuda" else max(128, min(1024, (1 << 21) // weight.shape[1]))
+    """As large as products need to be fast; tiles, with the pieces of weight and hidden beside them, below 16 MiB."""
+    return 2048 if weight.device.type == "cuda" else max(128, min(1024, (1 << 20) // weight.shape[1]))
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------

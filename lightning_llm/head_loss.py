@@ -17,7 +17,7 @@ from lightning_llm.chunked_loss import LogitMap, LossOptions, chunked_cross_entr
 from lightning_llm.loss import IGNORE_INDEX, TokenLoss, shift_labels, token_cross_entropy, token_nll
 
 LossKernel = Literal["chunked", "liger", "cce", "plain"]
-HeadLoss = Callable[[Tensor, Tensor, Tensor | None, LogitMap], Tensor]
+HeadFunction = Callable[[Tensor, Tensor, Tensor | None, LogitMap], Tensor]
 _MEASURED: WeakKeyDictionary[nn.Module, LogitMap | str] = WeakKeyDictionary()  # by head; else why there is no map
 _WARNED: WeakSet[nn.Module] = WeakSet()
 
@@ -94,7 +94,7 @@ def causal_lm_token_nll(model: nn.Module, inputs: Mapping[str, Any], labels: Ten
     return losses
 
 
-def call_head(model: nn.Module, inputs: Mapping[str, Any], of_head: HeadLoss) -> Tensor | None:
+def call_head(model: nn.Module, inputs: Mapping[str, Any], of_head: HeadFunction) -> Tensor | None:
     """Call a causal language model with ``of_head(hidden, weight, bias, logit_map)`` in place of its output head.
 
     The model is called as usual, so that the hooks of DDP and FSDP2 run, and ``of_head`` within it, where sharded

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_llm.loss import IGNORE_INDEX, TokenLoss, shift_labels
 from lightning_llm.sequence_windows.attention import UnsupportedModelError
-from lightning_llm.sequence_windows.head import Head, HeadLoss, LossKernel
+from lightning_llm.sequence_windows.head import Head, HeadLoss, WindowLoss
 from lightning_llm.sequence_windows.layout import document_starts, even_edges, make_windows, window_edges
 from lightning_llm.sequence_windows.nodes import GradientInBackward, GradientInForward, GradientOfShards
 from lightning_llm.sequence_windows.passes import Passes, Sequence
@@ -36,7 +36,7 @@ def windowed_loss(
     position_ids: Tensor | None = None,
     keep: int = 1,
     when: Literal["forward", "backward"] = "forward",
-    loss_kernel: LossKernel = "chunked",
+    loss_kernel: WindowLoss = "chunked",
     gradient_dtype: torch.dtype = torch.float32,
 ) -> TokenLoss:
     """Cross-entropy summed over the label tokens, as of the uncut sequence, in the memory of a window.
@@ -95,7 +95,7 @@ def windowed_nll(
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     keep: int = 1,
-    loss_kernel: LossKernel = "chunked",
+    loss_kernel: WindowLoss = "chunked",
     gradient_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Negative log-likelihood of each label token, on which any loss can be built: of preferences, of rewards, ...
@@ -125,7 +125,7 @@ class _Run:
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         keep: int,
-        loss_kernel: LossKernel,
+        loss_kernel: WindowLoss,
         gradient_dtype: torch.dtype,
         *,
         per_token: bool,

@@ -38,7 +38,7 @@ class HeadLoss(Protocol):
         """
 
 
-LossKernel = Literal["chunked", "plain"] | HeadLoss
+WindowLoss = Literal["chunked", "plain"] | HeadLoss
 _TRIED: WeakSet[nn.Module] = WeakSet()
 
 
@@ -54,7 +54,7 @@ class Head:
         ValueError: For an unknown kernel.
     """
 
-    def __init__(self, model: nn.Module, kernel: LossKernel, *, per_token: bool) -> None:
+    def __init__(self, model: nn.Module, kernel: WindowLoss, *, per_token: bool) -> None:
         if not callable(kernel) and kernel not in ("chunked", "plain"):
             raise ValueError(f"`loss_kernel` must be 'chunked', 'plain' or a function, but got {kernel!r}.")
         self._kernel = kernel

@@ -143,11 +143,10 @@ def _fused_kind(query: Tensor, value: Tensor, scores: Scores, visible: Visible) 
     is_plain = visible.diagonal is None or visible.is_causal_square
     is_half = query.dtype in (torch.float16, torch.bfloat16)
     size = query.shape[-1]
-    if query.device.type == "cuda" and is_plain and is_half and size % 8 == 0 and size <= 256:
-        return (
-            "cuda" if torch.version.hip is None and torch.cuda.get_device_capability(query.device) >= (8, 0) else None
-        )
-    return None
+    if query.device.type != "cuda" or not is_plain or not is_half or size % 8 or size > 256:
+        return None
+    has_kernel = torch.version.hip is None and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return "cuda" if has_kernel else None
 
 
 def _additive_mask(query: Tensor, key: Tensor, visible: Visible) -> Tensor | None:
@@ -174,9 +173,8 @@ def _blockwise_forward(
     for keys in _blocks(key):
         values = _block_scores(grouped, key, keys, scores, visible, lowest)
         new_largest = torch.maximum(largest, values.amax(-1, keepdim=True))
-        weights = values.sub_(
-            new_largest
-        ).exp_()  # where a query has seen no key yet, what it sums is shrunk to 0 later
+        # Where a query has seen no key yet, what it sums is shrunk to 0 later.
+        weights = values.sub_(new_largest).exp_()
         shrink = (largest - new_largest).exp_()
         total = total.mul_(shrink).add_(weights.sum(-1, keepdim=True))
         kept = _keep_mask(weights, scores.dropout)

@@ -27,6 +27,7 @@ class WindowedCausalLM(CausalLM):
     def __init__(self, window: int) -> None:
         if isinstance(window, bool) or not isinstance(window, int) or window < 1:
             raise ValueError(f"`sequence_window` must be a number of tokens, at least 1, but got {window!r}.")
+        super().__init__(loss_kernel="chunked")
         self.window = window
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> TokenLoss:

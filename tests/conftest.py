@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["LIGHTNING_LLM_CACHE"] = tempfile.mkdtemp(prefix="lightning-llm-tests-")
 atexit.register(shutil.rmtree, os.environ["LIGHTNING_LLM_CACHE"], ignore_errors=True)
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def forget_global_seed() -> Iterator[None]:
+    """``seed_everything`` leaves its seed in the environment, from which strategies of several ranks seed anew."""
+    yield
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        os.environ.pop(name, None)
 
 
 @pytest.fixture

@@ -339,9 +339,7 @@ def test_two_ranks_go_on_where_one_crashed_and_a_rank_that_runs_dry_hangs_nobody
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
     (tmp_path / "uneven" / "data.jsonl").write_text(lines)
     uneven = {"data": str(tmp_path / "uneven"), "num_streams": 2, "shuffle": False, "windowing": "windows"}
-    # In a process of its own, as the ranks are: nothing that other tests leave in this one shall count.
-    (alone,) = run_ranks("streaming", 1, runs=[{"name": "whole", **uneven}])
-    whole = torch.tensor(alone["weights"][0], dtype=torch.float64)
+    whole = train(tmp_path, name="whole", **uneven)
 
     resumed = {"data": data, "name": "resumed", "resume": str(tmp_path / "last.ckpt")}
     ranks = run_ranks("streaming", 2, runs=[resumed, {"name": "uneven", **uneven}])
@@ -351,7 +349,7 @@ def test_two_ranks_go_on_where_one_crashed_and_a_rank_that_runs_dry_hangs_nobody
     assert set(steps_of(tmp_path, "crashed")) | set(rest) == set(expected)
     check_weights(ranks, 0, weights)
 
-    assert steps_of(folder, "uneven", 2) == steps_of(tmp_path / "streaming-1", "whole")
+    assert steps_of(folder, "uneven", 2) == steps_of(tmp_path, "whole")
     held = [[json.loads(line)[2] for line in (folder / f"uneven-rank{n}.jsonl").open()] for n in range(2)]
     assert len(held[0]) == len(held[1])
     assert max(sum(not rows for rows in part) for part in held) > 2  # or it shows nothing

@@ -270,11 +270,12 @@ def test_frozen_head_and_frozen_hidden_states_get_no_gradient():
         assert not frozen.requires_grad
 
 
-def peak_beyond_gradients(case, dtype):
-    """Of a step with V = 128k and 256 tokens, in MiB, in a process of its own."""
+def peak_beyond_gradients(case, dtype, tokens=256, dim=256, vocab=131072):
+    """Of a step, in MiB, in a process of its own."""
     script = Path(__file__).parents[1] / "benchmarks" / "loss.py"
-    settings = ["--tokens", "256", "--dim", "256", "--threads", "1", "--repeat", "1", "--device", "cpu"]
-    command = [sys.executable, str(script), *settings, "--dtype", dtype, "--case", case]
+    settings = ["--threads", "1", "--repeat", "1", "--device", "cpu"]
+    sizes = ["--tokens", str(tokens), "--dim", str(dim), "--vocab", str(vocab)]
+    command = [sys.executable, str(script), *settings, *sizes, "--dtype", dtype, "--case", case]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
@@ -286,6 +287,14 @@ def test_peak_memory_is_inputs_and_gradients_and_64_mib_at_a_vocabulary_of_128k(
     assert peak_beyond_gradients("chunked", "float32") <= 64
     assert peak_beyond_gradients("chunked", "bfloat16") <= 64
     assert peak_beyond_gradients("logits", "float32") > 128  # control: logits alone are 128 MiB
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("case", ["chunked", "chunked, per token"])
+def test_peak_memory_of_wide_half_precision_states_is_no_larger(case):
+    """Tiles are summed in float32, and those of wide states are the largest."""
+    assert peak_beyond_gradients(case, "bfloat16", tokens=2048, dim=2048, vocab=32768) <= 64
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------

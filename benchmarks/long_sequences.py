@@ -10,11 +10,12 @@ The model is a Llama of 21.7 M parameters with random weights (hidden 384, 6 lay
 vocabulary of 32,000), in float32. ``plain`` and ``checkpointing`` (``gradient_checkpointing_enable()``, not reentrant)
 run with transformers' own loss and with ``loss_kernel="chunked"``; ``windowed`` is ``windowed_loss``.
 
-Each case runs in a process of its own; the cases of a length take turns, ``--repeat`` times. Peak memory is the resident
-set's high-water mark, less what was resident before the step, so gradients are in it and weights are not (on a GPU:
-what torch's allocator handed out). Blocks of 1 MiB and more go back to the system when they are freed, in all cases. Time on a CPU is the processor time of one thread, which other programs disturb less
-than the clock. ``--within`` measures the resident set of the whole process, Python and weights included, and lengthens
-the row until the bound is passed.
+Each case runs in a process of its own; the cases of a length take turns, ``--repeat`` times. Peak memory is the
+resident set's high-water mark, less what was resident before the step, so gradients are in it and weights are not (on
+a GPU: what torch's allocator handed out). Blocks of 1 MiB and more go back to the system when they are freed, in all
+cases. Time on a CPU is the processor time of one thread, which other programs disturb less than the clock. ``--within``
+measures the resident set of the whole process, Python and weights included, and lengthens the row until the bound is
+passed.
 """
 
 from __future__ import annotations
@@ -218,9 +219,9 @@ def _next_length(done: list[tuple[int, float]], bound: float) -> int:
 
 def plot(peaks: dict[str, list[tuple[int, float]]], path: str) -> None:
     """Draw peak memory against length."""
-    import matplotlib
+    import matplotlib as mpl
 
-    matplotlib.use("Agg")
+    mpl.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")

@@ -6,11 +6,13 @@
     python benchmarks/million_tokens.py check --tokens 8192                # gradient against the uncut row's
     python benchmarks/million_tokens.py check --model tiny --device cpu --tokens 512 --window 64
 
-Weights are random, in bfloat16 unless ``--dtype`` says otherwise; the optimizer is torch's fused AdamW. ``checkpointing``
-is ``gradient_checkpointing_enable()`` with the loss that makes no logits. The floor is what no exact method on one device
-avoids that keeps keys and values: weights, gradients and optimizer state, and keys and values with their gradients.
+Weights are random, in bfloat16 unless ``--dtype`` says otherwise; the optimizer is torch's fused AdamW.
+``checkpointing`` is ``gradient_checkpointing_enable()`` with the loss that makes no logits. The floor is what no exact
+method on one device avoids that keeps keys and values: weights, gradients and optimizer state, and keys and values with
+their gradients.
 
-``check`` compares gradients of the same weights: windowed and uncut, each with the uncut one in float32 (float64 on a CPU).
+``check`` compares gradients of the same weights: windowed and uncut, each with the uncut one in float32 (float64 on a
+CPU).
 """
 
 from __future__ import annotations

@@ -141,11 +141,12 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         """Gather again; add up what all ranks' queries ask of a key at the rank that owns it."""
-        _, key, value, *_ = ctx.saved_tensors
+        query, key, value, out, log_sum = ctx.saved_tensors
         place: Place = ctx.place
         with without_autocast(grad_out), nullcontext() if ctx.random is None else ctx.random.replayed():
             keys, values = (gather(x, place.share, place.group, _HEADS_SEQ) for x in (key, value))
-            grad_query, grad_keys, grad_values = _gradients(ctx, grad_out, keys, values)
+            of_queries = (grad_out, query, out, log_sum)
+            grad_query, grad_keys, grad_values = _gradients(ctx, keys, values, of_queries)
             own = [
                 sum_to_owners(grad, place.share, place.group, _HEADS_SEQ) if is_wanted else None
                 for grad, is_wanted in zip((grad_keys, grad_values), ctx.needs_input_grad[1:3], strict=True)
@@ -153,20 +154,24 @@ class _Attention(torch.autograd.Function):
         return grad_query, *own, None, None, None
 
 
-def _gradients(ctx: Any, grad_out: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of this rank's queries, and this rank's part of those of all keys and values."""
-    query, _, _, out, log_sum = ctx.saved_tensors
+def _gradients(
+    ctx: Any, keys: Tensor, values: Tensor, of_queries: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of this rank's queries, and this rank's part of those of all keys and values.
+
+    ``of_queries`` are the output's gradient, the queries, the output, and the normalisers' logarithms.
+    """
     grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
-    of_queries = []
-    by_chunk = zip(*(x.split(ctx.place.share.chunk, _HEADS_SEQ) for x in (grad_out, query, out, log_sum)), strict=True)
+    grad_queries = []
+    by_chunk = zip(*(states.split(ctx.place.share.chunk, _HEADS_SEQ) for states in of_queries), strict=True)
     for window, (g, q, o, log) in zip(ctx.place.windows, by_chunk, strict=True):
         seen = _seen(window, ctx.sliding_window)
         parts = attention_parts(window, seen.start, ctx.sliding_window)
         grads = attend_backward(g, q, keys[:, :, seen], values[:, :, seen], o, log, ctx.scores, parts)
-        of_queries.append(grads[0])
+        grad_queries.append(grads[0])
         grad_keys[:, :, seen] += grads[1]
         grad_values[:, :, seen] += grads[2]
-    return torch.cat(of_queries, _HEADS_SEQ), grad_keys, grad_values
+    return torch.cat(grad_queries, _HEADS_SEQ), grad_keys, grad_values
 
 
 def _seen(window: Window, sliding_window: int | None) -> slice:

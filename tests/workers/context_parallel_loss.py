@@ -53,8 +53,7 @@ def families() -> Iterator[tuple[str, dict[str, float]]]:
     for family in ("llama", "llama_tied", "llama_mqa", "gpt2", "mistral", "gemma2", "gemma3"):
         model = build(family)
         ids, labels = batch_of()
-        kernel = {"loss_kernel": "plain"} if family == "qwen3" else {}
-        yield family, compare(model, ids, labels, {}, **kernel)
+        yield family, compare(model, ids, labels, {})
         positions = {"position_ids": PACKED.expand(2, -1)}
         yield f"{family} packed", compare(model, ids, labels, positions, **positions)
 
@@ -66,13 +65,10 @@ def layouts() -> Iterator[tuple[str, dict[str, float]]]:
     masked[1, 5] = -100  # the first token after padding stands after nothing
     mask = {"attention_mask": LEFT_RIGHT}
     yield "padded", compare(model, ids, masked, mask, **mask)
-    for length in (1, 2, 3, 9):
-        few = torch.full_like(ids[:, :length], -100)
-        few[:, 1:] = ids[:, 1:length]
-        if length > 1:  # ranks without a token, and without a label
-            yield f"{length} tokens", compare(model, ids[:, :length], few, {})
+    for length in (3, 9):  # less than a token to each chunk, and less than a chunk to a rank
+        yield f"{length} tokens", compare(model, ids[:, :length], ids[:, :length], {})
     only = torch.full_like(labels, -100)
-    only[0, 1] = 5
+    only[0, 9] = 5  # the other ranks have no label
     yield "one label", compare(model, ids, only, {})
     yield "plain kernel", compare(model, ids, labels, {}, loss_kernel="plain")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -132,7 +128,8 @@ def dropout() -> dict[str, float]:
     """Dropped attention weights: the gradient against differences of the loss, with the same draws."""
     model = build("llama", attention_dropout=0.3)
     ids, labels = batch_of()
-    direction = {n: torch.randn(p.shape, generator=torch.Generator().manual_seed(3)).double() for n, p in model.named_parameters()}
+    random = torch.Generator().manual_seed(3)
+    direction = {name: torch.randn(p.shape, generator=random).double() for name, p in model.named_parameters()}
 
     def loss() -> torch.Tensor:
         torch.manual_seed(7 + dist.get_rank())
@@ -185,18 +182,29 @@ def refusals() -> dict[str, str]:
     rank, group = dist.get_rank(), dist.group.WORLD
     ids, labels = batch_of()
     other = ids[:, : LENGTH - rank]
+
+    def loss(model: Any, rows: torch.Tensor = ids, targets: torch.Tensor = labels, **options: Any) -> Any:
+        return lambda: context_parallel_loss(model, rows, targets, **{"group": group, **options})
+
     cases = {
-        "other rows": lambda: context_parallel_loss(build("llama"), ids + rank, labels, group=group),
-        "other lengths": lambda: context_parallel_loss(build("llama"), other, other, group=group),
-        "labels": lambda: context_parallel_loss(build("llama"), ids, labels[:, 1:], group=group),
-        "group": lambda: context_parallel_loss(build("llama"), ids, labels, group=None),
-        "linear": lambda: context_parallel_loss(build("lfm2"), ids, labels, group=group),
-        "bloom": lambda: context_parallel_loss(small("bloom", hidden_size=16, n_head=2, n_layer=1), ids, labels, group=group),
-        "llama4": lambda: context_parallel_loss(chunked(), ids, labels, group=group),
-        "bert": lambda: context_parallel_loss(bert(), ids, labels, group=group),
-        "kernel": lambda: context_parallel_loss(build("llama"), ids, labels, group=group, loss_kernel="cce"),
+        "other rows": loss(build("llama"), ids + rank),
+        "other lengths": loss(build("llama"), other, other),
+        "labels": loss(build("llama"), targets=labels[:, 1:]),
+        "group": loss(build("llama"), group=None),
+        "kernel": loss(build("llama"), loss_kernel="cce"),
+        "linear": loss(build("lfm2")),
+        "bloom": loss(small("bloom", hidden_size=16, n_head=2, n_layer=1)),
+        "llama4": loss(chunked()),
+        "bert": loss(bert()),
+        "reentrant": loss(reentrant()),
     }
     return {name: message(case) for name, case in cases.items()}
+
+
+def reentrant() -> Any:
+    model = build("llama")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    return model
 
 
 def message(case: Any) -> str:
@@ -221,7 +229,7 @@ def chunked() -> Any:
 
 def bert() -> Any:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    return small("bert", **sizes, is_decoder=False)
+    return small("bert", **sizes)
 
 
 def main(folder: Path) -> None:

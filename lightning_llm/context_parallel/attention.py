@@ -1,7 +1,7 @@
 """Attention of a rank's queries to the keys of the whole row, gathered layer by layer, in place of a model's own.
 
-Keys and values are gathered in forward, used, and let go; backward gathers them again, so that a rank keeps only its own.
-Gradients of keys and values are summed over the ranks and go to their owners.
+Keys and values are gathered in forward, used, and let go; backward gathers them again, so that a rank keeps only its
+own. Gradients of keys and values are summed over the ranks and go to their owners.
 
 References:
     Llama Team, 2024, The Llama 3 Herd of Models (https://arxiv.org/abs/2407.21783), section 3.3.2.
@@ -128,7 +128,7 @@ class _Attention(torch.autograd.Function):
         done = []
         with without_autocast(query):
             keys, values = (gather(x, place.share, place.group, _HEADS_SEQ) for x in (key, value))
-            for window, chunk in zip(place.windows, query.split(place.share.chunk, _HEADS_SEQ), strict=True):
+            for window, chunk in zip(place.windows, torch.split(query, place.share.chunk, _HEADS_SEQ), strict=True):
                 seen = _seen(window, sliding_window)
                 parts = attention_parts(window, seen.start, sliding_window)
                 done.append(attend(chunk, keys[:, :, seen], values[:, :, seen], scores, parts))
@@ -163,7 +163,7 @@ def _gradients(
     """
     grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
     grad_queries = []
-    by_chunk = zip(*(states.split(ctx.place.share.chunk, _HEADS_SEQ) for states in of_queries), strict=True)
+    by_chunk = zip(*(torch.split(states, ctx.place.share.chunk, _HEADS_SEQ) for states in of_queries), strict=True)
     for window, (g, q, o, log) in zip(ctx.place.windows, by_chunk, strict=True):
         seen = _seen(window, ctx.sliding_window)
         parts = attention_parts(window, seen.start, ctx.sliding_window)
@@ -196,7 +196,7 @@ def attending_across_ranks(model: nn.Module, config: Any) -> Iterator[None]:
             if getattr(module, "gradient_checkpointing", False):
                 checkpoint = module._gradient_checkpointing_func
                 stack.callback(setattr, module, "_gradient_checkpointing_func", checkpoint)
-                module._gradient_checkpointing_func = _remembering(checkpoint, config)  # type: ignore[assignment]
+                module._gradient_checkpointing_func = _remembering(checkpoint, config)
         yield
 
 

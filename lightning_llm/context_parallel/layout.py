@@ -50,12 +50,12 @@ class Share:
 
     def split(self, whole: Tensor, dim: int) -> list[Tensor]:
         """Each rank's part of a tensor that is ``padded_length`` long in ``dim``."""
-        chunks = whole.split(self.chunk, dim)
+        chunks = torch.split(whole, self.chunk, dim)
         return [torch.cat([chunks[rank], chunks[-1 - rank]], dim) for rank in range(self.size)]
 
     def join(self, parts: list[Tensor], dim: int) -> Tensor:
         """What :meth:`split` took apart."""
-        halves = [part.split(self.chunk, dim) for part in parts]
+        halves = [torch.split(part, self.chunk, dim) for part in parts]
         return torch.cat([early for early, _ in halves] + [late for _, late in reversed(halves)], dim)
 
     def windows(self, starts: list[list[int]] | None) -> tuple[Window, Window]:

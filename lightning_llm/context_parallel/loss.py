@@ -1,8 +1,8 @@
 r"""The loss of rows whose tokens are spread over ranks, with the gradient of the whole rows.
 
-Each of n ranks holds 1 / n of a row's tokens, and so of the activations. Attention gathers keys and values one layer at a
-time; all else a decoder does token by token. Every rank gets the loss of the whole rows, and goes backward from it to n
-times the gradient of its own tokens' terms: the mean over the ranks, which DDP and FSDP take, is the gradient.
+Each of n ranks holds 1 / n of a row's tokens, and so of the activations. Attention gathers keys and values one layer at
+a time; all else a decoder does token by token. Every rank gets the loss of the whole rows, and goes backward from it to
+n times the gradient of its own tokens' terms: the mean over the ranks, which DDP and FSDP take, is the gradient.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def context_parallel_loss(
 ) -> TokenLoss:
     """Cross-entropy summed over the label tokens of rows that the ranks of a group share.
 
-    The value equals ``token_cross_entropy(model(input_ids).logits, labels)`` on every rank, to rounding. Its gradient is
-    the *mean over the ranks* of ``group`` of what backward leaves in ``.grad``, as for ranks with rows of their own: DDP
-    and FSDP, over all ranks, take it. In a loop without them, average gradients over the group before the step.
+    The value equals ``token_cross_entropy(model(input_ids).logits, labels)`` on every rank, to rounding. Its gradient
+    is the *mean over the ranks* of ``group`` of what backward leaves in ``.grad``, as for ranks with rows of their own:
+    DDP and FSDP, over all ranks, take it. In a loop without them, average gradients over the group before the step.
 
     Args:
         model: A decoder of transformers, or of peft around one, the same on every rank.

@@ -20,8 +20,8 @@ def sharing_group(mesh: DeviceMesh | None) -> dist.ProcessGroup:
     names = (mesh.mesh_dim_names if mesh is not None else None) or ()
     if mesh is None or _SHARING not in names or mesh[_SHARING].size() < 2:
         raise ValueError(
-            "`context_parallel=True` shares each row among the ranks of the mesh's dimension `tensor_parallel`, of which "
-            "there is " + ("only one. " if _SHARING in names else "none under this strategy. ") + "Set "
+            "`context_parallel=True` shares each row among the ranks of the mesh's dimension `tensor_parallel`, of "
+            "which there is " + ("only one. " if _SHARING in names else "none under this strategy. ") + "Set "
             "Trainer(strategy=ModelParallelStrategy(data_parallel_size=D, tensor_parallel_size=N), devices=...) with N "
             "of 2 at least and D times N devices, or leave `context_parallel` out."
         )

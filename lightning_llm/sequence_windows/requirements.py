@@ -46,8 +46,8 @@ def check_unwrapped(model: nn.Module, subject: str) -> None:
         raise ValueError(f"{subject} does not go with torch.compile yet. Pass the model itself, not compiled.")
     if type(model).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel"):
         raise ValueError(
-            f"`model` is wrapped in {type(model).__name__}. Wrap a module whose `forward` computes the loss, and pass the "
-            f"model inside."
+            f"`model` is wrapped in {type(model).__name__}. Wrap a module whose `forward` computes the loss, and pass "
+            f"the model inside."
         )
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):

@@ -32,7 +32,9 @@ class ContextParallelCausalLM(CausalLM):
 
     def __init__(self, loss_kernel: LossKernel = "plain") -> None:
         if loss_kernel not in ("plain", "chunked"):
-            raise ValueError(f"`context_parallel=True` goes with loss_kernel 'plain' or 'chunked', not {loss_kernel!r}.")
+            raise ValueError(
+                f"`context_parallel=True` goes with loss_kernel 'plain' or 'chunked', not {loss_kernel!r}."
+            )
         super().__init__(loss_kernel)
         self.group: dist.ProcessGroup | None = None
 
@@ -48,8 +50,8 @@ class ContextParallelCausalLM(CausalLM):
 
     def outputs(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """Logits of shape (batch, seq, vocab), made as training makes them, without a gradient."""
-        inputs = {"position_ids": batch.get("position_ids"), "group": self._group()}
-        return context_parallel_logits(model, batch["input_ids"], **inputs)
+        position_ids = batch.get("position_ids")
+        return context_parallel_logits(model, batch["input_ids"], group=self._group(), position_ids=position_ids)
 
     def _inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         return {

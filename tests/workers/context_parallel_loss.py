@@ -1,7 +1,6 @@
 """Ranks that share rows: loss and gradient of every family against the whole rows in one process."""
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,7 +79,9 @@ def layouts() -> Iterator[tuple[str, dict[str, float]]]:
 def adapters(ids: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(build("llama"), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    model = get_peft_model(
+        build("llama"), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    )
     return compare(model.double(), ids, labels, {})
 
 

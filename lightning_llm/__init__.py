@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_llm.context_parallel.loss import context_parallel_loss, context_parallel_nll
     from lightning_llm.duration import Duration
     from lightning_llm.isolation import verify_packing
     from lightning_llm.module import LLMModule
@@ -21,6 +22,8 @@ __all__ = [
     "Progress",
     "Schedule",
     "__version__",
+    "context_parallel_loss",
+    "context_parallel_nll",
     "total_optimizer_steps",
     "verify_packing",
     "windowed_loss",
@@ -32,6 +35,8 @@ _HOME = {
     "LLMModule": "lightning_llm.module",
     "Progress": "lightning_llm.schedule",
     "Schedule": "lightning_llm.schedule",
+    "context_parallel_loss": "lightning_llm.context_parallel.loss",
+    "context_parallel_nll": "lightning_llm.context_parallel.loss",
     "total_optimizer_steps": "lightning_llm.run_length",
     "verify_packing": "lightning_llm.isolation",
     "windowed_loss": "lightning_llm.windowed",

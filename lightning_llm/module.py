@@ -13,16 +13,19 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from lightning_llm.compatibility import check_length, check_vocabulary
+from lightning_llm.context_parallel.mesh import mesh_of_all_ranks, sharing_group
 from lightning_llm.duration import Duration
 from lightning_llm.isolation import PackingLeakError, check_mask, verify_packing
 from lightning_llm.loss import NonFiniteLossError, TokenLoss
 from lightning_llm.optimizers import make_adamw, make_schedule
 from lightning_llm.packed_attention import use_packed_attention
+from lightning_llm.parallel import data_parallel_size
 from lightning_llm.pretrained import build_model, is_complete, resolve_config, resolve_dtype
 from lightning_llm.run_length import total_optimizer_steps
 from lightning_llm.sharding import build_sharded
 from lightning_llm.step_window import MicroBatch, StepWindow
 from lightning_llm.tasks import TASKS
+from lightning_llm.tasks.context_parallel_causal_lm import ContextParallelCausalLM
 from lightning_llm.tasks.windowed_causal_lm import WindowedCausalLM
 from lightning_llm.unpacking import unpack_documents
 
@@ -55,6 +58,9 @@ class LLMModule(L.LightningModule):
         sequence_window: Cut each row into windows of so many tokens: the exact gradient in the memory of a window, and
             of the keys and values of the row, at the cost of another forward pass. See
             :func:`~lightning_llm.windowed.windowed_loss` for the models that allow it. None: no windows.
+        context_parallel: Share each row among the ranks of ``ModelParallelStrategy(tensor_parallel_size=...)``: the
+            exact gradient with 1 / ranks of the activations on each. See
+            :func:`~lightning_llm.context_parallel_loss` for the models that allow it.
         attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, ...; transformers' choice if None.
         dtype: Type of the parameters; if None, what the Trainer's ``precision`` asks for (float32 for mixed).
         trust_remote_code: Run model code that comes with the hub repository or folder. Off unless asked for.
@@ -89,6 +95,7 @@ class LLMModule(L.LightningModule):
         lr_schedule_options: dict[str, Any] | None = None,
         gradient_checkpointing: bool = False,
         sequence_window: int | None = None,
+        context_parallel: bool = False,
         attn_implementation: str | None = None,
         dtype: str | None = None,
         trust_remote_code: bool = False,
@@ -109,8 +116,12 @@ class LLMModule(L.LightningModule):
             raise ValueError(f"`loss_kernel` must be 'plain', 'chunked', 'liger' or 'cce', but got {loss_kernel!r}.")
         if sequence_window is not None and loss_kernel in ("liger", "cce"):
             raise ValueError(f"Windows compute a loss of their own ('chunked'), not {loss_kernel!r}: leave that out.")
+        if sequence_window is not None and context_parallel:
+            raise ValueError("`sequence_window` and `context_parallel` do not go together yet: leave out one of them.")
         self.save_hyperparameters(ignore=["model"])
         self.task = TASKS[task](loss_kernel) if sequence_window is None else WindowedCausalLM(sequence_window)
+        if context_parallel:
+            self.task = ContextParallelCausalLM(loss_kernel)
         self.source = model
         self.config = resolve_config(model, trust_remote_code=trust_remote_code)
         self.model: nn.Module | None = model if isinstance(model, nn.Module) else None
@@ -140,7 +151,9 @@ class LLMModule(L.LightningModule):
     # ---- the model -----------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Check the model against the data module, before anything large is built."""
+        """Check the model against the data module and the strategy, before anything large is built."""
+        if isinstance(self.task, ContextParallelCausalLM):
+            self.task.group = sharing_group(self.device_mesh)
         datamodule = getattr(self.trainer, "datamodule", None)
         tokenizer = getattr(datamodule, "tokenizer", None)
         if tokenizer is not None:
@@ -271,7 +284,8 @@ class LLMModule(L.LightningModule):
             where = f"optimizer step {self.global_step}, epoch {self.current_epoch}"
             raise NonFiniteLossError(self._window.describe_bad(where, self.global_rank, self._built()))
         self._window.clear()
-        self.tokens_seen += int(num_tokens)
+        share = data_parallel_size(self.trainer) / self.trainer.world_size  # ranks that share a row count it once each
+        self.tokens_seen += round(num_tokens * share)
         if num_tokens:
             self.log("train/loss", total / num_tokens, prog_bar=True, batch_size=1)
 
@@ -422,10 +436,12 @@ class LLMModule(L.LightningModule):
                 "A sharded strategy builds the model itself, on the meta device. Pass a hub id, a folder or a "
                 "configuration to LLMModule instead of a built model."
             )
+        if isinstance(self.task, ContextParallelCausalLM):
+            return mesh_of_all_ranks(mesh)
         if mesh.mesh_dim_names and "tensor_parallel" in mesh.mesh_dim_names and mesh["tensor_parallel"].size() > 1:
             raise ValueError(
                 "LLMModule shards parameters over the data-parallel ranks; it does not split layers. Use "
-                "ModelParallelStrategy(tensor_parallel_size=1)."
+                "ModelParallelStrategy(tensor_parallel_size=1), or share rows: LLMModule(context_parallel=True)."
             )
         return mesh["data_parallel"] if mesh.mesh_dim_names else mesh
 

@@ -31,6 +31,7 @@ MODULES = sorted(
         "lightning_llm",
         "lightning_llm.callbacks",
         "lightning_llm.callbacks.pieces",
+        "lightning_llm.context_parallel",
         "lightning_llm.datamodules",
         "lightning_llm.datamodules.batches",
         "lightning_llm.datamodules.questions",

@@ -21,19 +21,21 @@ from lightning_llm.sequence_windows.layout import Window
 from lightning_llm.sequence_windows.random_states import RandomState
 
 WINDOWED_ATTENTION = "lightning_llm_windowed"
+_WITHOUT_WINDOWS = "Train it without windows: `gradient_checkpointing=True` lowers memory, too."
 # What transformers hands on to every attention function, and what changes nothing here.
 _HARMLESS_TENSORS = ("position_ids", "cache_position", "position_embeddings")
 
 
 class UnsupportedModelError(ValueError):
-    """The model has something that cannot be cut into windows.
+    """The model has something that cannot be cut along the sequence.
 
     Args:
         reason: What it is, as a sentence.
+        remedy: What to do instead, as a sentence; by default what to do without windows.
     """
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(f"{reason} Train it without windows: `gradient_checkpointing=True` lowers memory, too.")
+    def __init__(self, reason: str, remedy: str = _WITHOUT_WINDOWS) -> None:
+        super().__init__(f"{reason} {remedy}")
 
 
 class Part(NamedTuple):
@@ -46,14 +48,15 @@ class Part(NamedTuple):
 
 
 @contextmanager
-def attention_replaced(config: Any) -> Iterator[None]:
-    """Inside, models of this configuration attend by :func:`windowed_attention`.
+def attention_replaced(config: Any, implementation: str = WINDOWED_ATTENTION) -> Iterator[None]:
+    """Inside, models of this configuration attend by another function.
 
     Args:
         config: The decoder's transformers configuration.
+        implementation: Its name in transformers' interface.
     """
     before = config._attn_implementation
-    config._attn_implementation = WINDOWED_ATTENTION
+    config._attn_implementation = implementation
     try:
         yield
     finally:
@@ -90,7 +93,7 @@ def windowed_attention(
         UnsupportedModelError: If the model asks for something else than causal attention.
     """
     layer = _layer_of(module, sequence_window, attention_mask, key, kwargs)
-    query, key, value = _autocast(query, key, value)
+    query, key, value = in_autocast_type(query, key, value)
     window: Window = sequence_window.window
     scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, dropout)
     parts = attention_parts(window, layer.first_key, layer.sliding_window)
@@ -138,8 +141,8 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scores: Scores, parts: list[Part]) -> Tensor:
         """Attend, and keep the output and the logarithm of the normaliser."""
         ctx.random = RandomState(query.device) if scores.dropout else None
-        with _no_autocast(query):
-            out, log_sum = _forward(query, key, value, scores, parts)
+        with without_autocast(query):
+            out, log_sum = attend(query, key, value, scores, parts)
         ctx.save_for_backward(query, key, value, out, log_sum)
         ctx.scores, ctx.parts = scores, parts
         return out
@@ -149,12 +152,21 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         """Make the weights again from the scores."""
         query, key, value, out, log_sum = ctx.saved_tensors
-        with _no_autocast(grad_out), nullcontext() if ctx.random is None else ctx.random.replayed():
-            grads = _backward(grad_out, query, key, value, out, log_sum, ctx.scores, ctx.parts)
+        with without_autocast(grad_out), nullcontext() if ctx.random is None else ctx.random.replayed():
+            grads = attend_backward(grad_out, query, key, value, out, log_sum, ctx.scores, ctx.parts)
         return *grads, None, None
 
 
-def _forward(query: Tensor, key: Tensor, value: Tensor, scores: Scores, parts: list[Part]) -> tuple[Tensor, Tensor]:
+def attend(query: Tensor, key: Tensor, value: Tensor, scores: Scores, parts: list[Part]) -> tuple[Tensor, Tensor]:
+    """Attend by parts; return the output (batch, heads, queries, value_dim) and the logarithm of the normaliser.
+
+    Args:
+        query: (batch, heads, queries, head_dim).
+        key: (batch, kv_heads, keys, head_dim).
+        value: (batch, kv_heads, keys, value_dim).
+        scores: How scores are made.
+        parts: Of :func:`attention_parts`; each query is in one at least, each key in one at most of a query's.
+    """
     done: list[tuple[Part, Tensor, Tensor]] = []
     for part in parts:
         q, k, v = query[part.rows, :, part.queries], key[part.rows, :, part.keys], value[part.rows, :, part.keys]
@@ -171,7 +183,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, scores: Scores, parts: l
     return whole, whole_log
 
 
-def _backward(
+def attend_backward(
     grad_out: Tensor,
     query: Tensor,
     key: Tensor,
@@ -181,6 +193,7 @@ def _backward(
     scores: Scores,
     parts: list[Part],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value; ``out`` and ``log_sum`` are what :func:`attend` returned."""
     grad_query, grad_key, grad_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
     for rows, queries, keys, visible in parts:
         g, q, o = grad_out[rows, :, queries], query[rows, :, queries], out[rows, :, queries]
@@ -201,33 +214,50 @@ def _layer_of(module: nn.Module, place: Any, mask: Tensor | None, key: Tensor, k
     if layer_idx is None or layer_idx >= len(layers) or not hasattr(layers[layer_idx], "attended_in"):
         raise UnsupportedModelError(f"{name} has no keys and values of its own in the cache (layer {layer_idx}).")
     layer = layers[layer_idx]
-    unknown = [k for k, v in kwargs.items() if isinstance(v, Tensor) and k not in _HARMLESS_TENSORS]
-    if unknown:
-        raise UnsupportedModelError(f"{name} attends with {', '.join(unknown)}, which windows do not know.")
-    is_causal = kwargs.get("is_causal")
-    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        raise UnsupportedModelError(f"{name} is not causal: a token of one window would see later windows.")
-    if mask is not None:
-        raise UnsupportedModelError(f"{name} makes an attention mask of its own, of shape {tuple(mask.shape)}.")
-    sliding = kwargs.get("sliding_window")
-    if sliding is not None and sliding != layer.sliding_window:
-        raise UnsupportedModelError(
-            f"{name} has a sliding window of {sliding} tokens, but the cache's layer one of {layer.sliding_window}."
-        )
+    reason = reason_against_attention(module, mask, layer.sliding_window, kwargs)
+    if reason is not None:
+        raise UnsupportedModelError(reason)
     if key.shape[2] != place.window.end - layer.first_key:
         raise UnsupportedModelError(f"{name} does not attend to what its cache returned ({key.shape[2]} keys).")
     return layer
 
 
-def _autocast(*states: Tensor) -> tuple[Tensor, ...]:
-    """In autocast's type, as it does with the operands of torch's own attention."""
+def reason_against_attention(
+    module: nn.Module, mask: Tensor | None, sliding_window: int | None, kwargs: dict[str, Any]
+) -> str | None:
+    """Why an attention module does not do what these kernels do, as a sentence; None if it does.
+
+    Args:
+        module: The attention module.
+        mask: What it was given as its attention mask.
+        sliding_window: Width that the model's configuration gives this layer, or None.
+        kwargs: What else it handed on to its attention function.
+    """
+    name = type(module).__name__
+    unknown = [k for k, v in kwargs.items() if isinstance(v, Tensor) and k not in _HARMLESS_TENSORS]
+    if unknown:
+        return f"{name} attends with {', '.join(unknown)}, which is not known here."
+    is_causal = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        return f"{name} is not causal: a token would see later ones."
+    if mask is not None:
+        return f"{name} makes an attention mask of its own, of shape {tuple(mask.shape)}."
+    sliding = kwargs.get("sliding_window")
+    if sliding is not None and sliding != sliding_window:
+        return f"{name} has a sliding window of {sliding} tokens, but its layer's cache one of {sliding_window}."
+    return None
+
+
+def in_autocast_type(*states: Tensor) -> tuple[Tensor, ...]:
+    """Tensors in autocast's type, as it does with the operands of torch's own attention."""
     kind = states[0].device.type
     if not torch.is_autocast_enabled(kind) or states[0].dtype == torch.float64:
         return states
     return tuple(x.to(torch.get_autocast_dtype(kind)) for x in states)
 
 
-def _no_autocast(states: Tensor) -> torch.autocast:
+def without_autocast(states: Tensor) -> torch.autocast:
+    """A context in which the device of ``states`` has no autocast."""
     return torch.autocast(states.device.type, enabled=False)
 
 
@@ -251,6 +281,15 @@ def check_mask_function(
     Raises:
         UnsupportedModelError: If it is another mask.
     """
+    reason = reason_against_mask(mask_function, local_size, use_vmap, kwargs.get("device", "cpu"))
+    if reason is not None:
+        raise UnsupportedModelError(reason)
+
+
+def reason_against_mask(
+    mask_function: Callable[..., Tensor] | None, local_size: int | None, use_vmap: bool, device: torch.device | str
+) -> str | None:
+    """Why a mask is neither causal nor causal and sliding, as a sentence; None if it is. Arguments as above."""
     assert mask_function is not None
     reach = 2 * (local_size or 8) + 3
     query = torch.arange(reach + 1).clamp(max=reach)
@@ -262,17 +301,17 @@ def check_mask_function(
     expected = key <= query
     if local_size is not None:
         expected &= key > query - local_size
-    device = kwargs.get("device", "cpu")
     zero = torch.zeros_like(query, device=device)
     try:
         seen = None if use_vmap else mask_function(zero, zero, query.to(device), key.to(device))
     except (IndexError, RuntimeError):
         seen = None
     if not isinstance(seen, Tensor) or not torch.equal(seen.expand(key.shape).cpu(), expected):
-        raise UnsupportedModelError(
+        return (
             "The model asks for an attention mask that is neither causal nor a causal sliding window (chunks, "
             "bidirectional attention or prefixes, say)."
         )
+    return None
 
 
 AttentionInterface.register(WINDOWED_ATTENTION, windowed_attention)

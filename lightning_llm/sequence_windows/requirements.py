@@ -24,30 +24,56 @@ def check_model(model: nn.Module, length: int, window: int, *, is_packed: bool) 
         UnsupportedModelError: With the reason, and what to do instead.
         ValueError: If the model is wrapped, or checkpoints its layers in a way that does not fit.
     """
-    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
-        raise ValueError("Windows do not support torch.compile yet. Pass the model itself, not compiled.")
-    if type(model).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel"):
-        raise ValueError(
-            f"`model` is wrapped in {type(model).__name__}. Wrap a module whose `forward` computes the windowed loss, "
-            f"and pass the model inside."
-        )
-    for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False):
-            options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
-            if options.get("use_reentrant") is not False:
-                raise ValueError(
-                    "Windows need the gradient checkpointing that is not reentrant. Enable it with "
-                    "`gradient_checkpointing_kwargs={'use_reentrant': False}`."
-                )
-    reason = _reason(model, length) or _reason_of_linear(model, is_packed)
+    check_unwrapped(model, "A windowed loss")
+    reason = reason_against_model(model, length) or _reason_of_layers(model, is_packed)
     if reason is not None:
         raise UnsupportedModelError(f"{type(base_model(model)).__name__} cannot be trained in windows: {reason}")
     if window == 1 and has_linear_layers(model):
         raise ValueError("`window` must be at least 2 for layers of linear attention, but got 1.")
 
 
+def check_unwrapped(model: nn.Module, subject: str) -> None:
+    """Refuse a model that is compiled, wrapped, or checkpoints its layers in a reentrant way.
+
+    Args:
+        model: As the user gave it.
+        subject: What refuses it, as an error message begins.
+
+    Raises:
+        ValueError: With what to do instead.
+    """
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        raise ValueError(f"{subject} does not go with torch.compile yet. Pass the model itself, not compiled.")
+    if type(model).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel"):
+        raise ValueError(
+            f"`model` is wrapped in {type(model).__name__}. Wrap a module whose `forward` computes the loss, and pass "
+            f"the model inside."
+        )
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+            if options.get("use_reentrant") is not False:
+                raise ValueError(
+                    f"{subject} needs the gradient checkpointing that is not reentrant. Enable it with "
+                    f"`gradient_checkpointing_kwargs={{'use_reentrant': False}}`."
+                )
+
+
 def check_inputs(input_ids: Tensor, labels: Tensor, window: int, keep: int) -> None:
     """Refuse inputs of the wrong shape.
+
+    Raises:
+        ValueError: With what was expected and what came.
+    """
+    check_rows(input_ids, labels)
+    if window < 1:
+        raise ValueError(f"`window` must be a number of tokens, at least 1, but got {window}.")
+    if keep < 0:
+        raise ValueError(f"`keep` must be a number of windows, at least 0, but got {keep}.")
+
+
+def check_rows(input_ids: Tensor, labels: Tensor) -> None:
+    """Refuse rows and labels of the wrong shape.
 
     Raises:
         ValueError: With what was expected and what came.
@@ -59,15 +85,17 @@ def check_inputs(input_ids: Tensor, labels: Tensor, window: int, keep: int) -> N
             f"`labels` must have the shape of `input_ids`, {tuple(input_ids.shape)}, unshifted, but got "
             f"{tuple(labels.shape)}."
         )
-    if window < 1:
-        raise ValueError(f"`window` must be a number of tokens, at least 1, but got {window}.")
-    if keep < 0:
-        raise ValueError(f"`keep` must be a number of windows, at least 0, but got {keep}.")
 
 
-def _reason(model: nn.Module, length: int) -> str | None:
+def reason_against_model(model: nn.Module, length: int) -> str | None:
+    """Why a model cannot be cut along the sequence, whatever its layers are; None if it can.
+
+    Args:
+        model: As the user gave it.
+        length: Tokens in a row.
+    """
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        return "peft puts tokens before the sequence, which windows do not know."
+        return "peft puts tokens before the sequence."
     base = base_model(model)
     config: Any = getattr(base, "config", None)
     if config is None or not hasattr(base, "get_output_embeddings"):
@@ -89,8 +117,6 @@ def _reason_of_kind(base: Any, config: Any) -> str | None:
 
 
 def _reason_of_config(config: Any, length: int) -> str | None:
-    if getattr(config, "kv_lora_rank", None):
-        return "its latent attention (MLA) expands the whole past again in each window."
     if getattr(config, "output_router_logits", False):
         return (
             "its auxiliary loss for the balance of experts is no sum over tokens. Set `output_router_logits=False` to "
@@ -105,7 +131,9 @@ def has_linear_layers(model: nn.Module) -> bool:
     return any(kind in ("linear_attention", "conv") for kind in kinds)
 
 
-def _reason_of_linear(model: nn.Module, is_packed: bool) -> str | None:
+def _reason_of_layers(model: nn.Module, is_packed: bool) -> str | None:
+    if getattr(base_model(model).config.get_text_config(decoder=True), "kv_lora_rank", None):
+        return "its latent attention (MLA) expands the whole past again in each window."
     if not has_linear_layers(model):
         return None
     if is_packed:

@@ -112,6 +112,8 @@ class LLMModule(L.LightningModule):
             raise ValueError(f"`leaking_packs` must be 'refuse' or 'unpack', but got {leaking_packs!r}.")
         if loss_kernel not in ("chunked", "liger", "cce", "plain"):
             raise ValueError(f"`loss_kernel` must be 'plain', 'chunked', 'liger' or 'cce', but got {loss_kernel!r}.")
+        if not isinstance(offload, bool):
+            raise ValueError(f"`offload` must be True or False, but got {offload!r}.")
         if sequence_window is not None and loss_kernel in ("liger", "cce"):
             raise ValueError(f"Windows compute a loss of their own ('chunked'), not {loss_kernel!r}: leave that out.")
         self.save_hyperparameters(ignore=["model"])

@@ -1,5 +1,7 @@
 """Keys, values and their gradients in host memory: the same gradient, with the past of two layers on the device."""
 
+import gc
+
 import peft
 import pytest
 import torch
@@ -229,6 +231,33 @@ def test_ranks_with_offload_have_the_mean_of_the_uncut_gradients(run_ranks):
     for result in run_ranks("windowed_offload_ranks", 2):
         assert set(result) == {"ddp forward", "ddp backward", "fsdp"}
         assert all(error < EXACT for error in result.values()), result
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_keys_and_values_go_with_the_call_and_not_with_the_next_garbage_collection(offloaded, monkeypatch):
+    model = build("llama", torch.float32)
+    ids, labels = batch_of()
+    stored = []
+    end = cache.WindowCache.check_used
+
+    def note(self):
+        for layer in self.windowed:
+            states = layer.store.states if offloaded else [layer.key_store.states, layer.value_store.states]
+            stored.extend(StorageWeakRef(x.untyped_storage()) for x in states)
+        end(self)
+
+    monkeypatch.setattr(cache.WindowCache, "check_used", note)
+    gc.collect()
+    gc.disable()
+    try:
+        for when in ("forward", "backward"):
+            windowed(model, ids, labels, window=8, when=when, offload=offloaded)
+        with torch.no_grad():
+            windowed_loss(model, ids, labels, window=8, offload=offloaded)
+        assert stored
+        assert all(storage.expired() for storage in stored)
+    finally:
+        gc.enable()
 
 
 def test_without_gradients_nothing_is_kept_for_a_backward():

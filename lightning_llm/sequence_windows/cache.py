@@ -7,6 +7,7 @@ share to the gradients of the past, and takes for its own keys what later window
 from __future__ import annotations
 
 from typing import Any
+from weakref import proxy
 
 import torch
 from torch import Tensor
@@ -114,7 +115,9 @@ class KeyValueLayer(CacheLayerMixin):
 
     def __init__(self, cache: WindowCache, sliding_window: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._cache = cache
+        self._cache: WindowCache = proxy(
+            cache
+        )  # no cycle: keys and values go with the cache, not with the next collection
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window is not None
         self.is_initialized = True

@@ -39,7 +39,8 @@ def main(folder: Path) -> None:
     errors = {}
     for when in ("forward", "backward"):
         model = build("gemma3")
-        DistributedDataParallel(InWindows(model, when))(*batches[rank]).backward()
+        wrapped = DistributedDataParallel(InWindows(model, when))
+        wrapped(*batches[rank]).backward()
         errors[f"ddp {when}"] = worst_error(gradients(model), truth)
     model = build("gemma3")
     shard_layers(model, mesh)

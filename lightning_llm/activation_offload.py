@@ -124,6 +124,7 @@ class _Layout(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Layout:
+        """Of a tensor."""
         return cls(tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def view(self, storage: Tensor) -> Tensor:

@@ -113,6 +113,25 @@ def test_a_hybrid_model_offloads_its_attention_layers():
     assert total_error(moved, plain) < 1e-6
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_past_is_fetched_once_in_the_first_pass_and_twice_in_the_second(checkpointed, monkeypatch):
+    """But for the last layer, whose backward comes right after its forward and finds it there."""
+    fetched = []
+    on_device = offload._on_device
+
+    def allocate(transfers, shape, dtype):
+        fetched.append(shape[0] - 8)
+        return on_device(transfers, shape, dtype)
+
+    monkeypatch.setattr(offload, "_on_device", allocate)
+    model = build("llama", torch.float32, num_hidden_layers=4)
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    windowed(model, *batch_of(length=40), window=8, keep=0, offload=True)
+    past = 8 + 16 + 24 + 32
+    assert sum(fetched) == 2 * (4 + 4 + 3) * past  # keys and values
+
+
 class KeepsWhatItSaw(torch.autograd.Function):
     """The past as an input of the attention, which its graph then holds."""
 
@@ -227,6 +246,7 @@ def test_on_a_gpu_the_gradient_is_the_same_and_memory_no_longer_grows_with_the_r
     assert total_error(moved, plain) < 1e-2
 
 
+@pytest.mark.slow
 def test_ranks_with_offload_have_the_mean_of_the_uncut_gradients(run_ranks):
     for result in run_ranks("windowed_offload_ranks", 2):
         assert set(result) == {"ddp forward", "ddp backward", "fsdp"}

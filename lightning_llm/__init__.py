@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_llm.activation_offload import ActivationOffload
     from lightning_llm.context_parallel.loss import context_parallel_loss, context_parallel_nll
     from lightning_llm.duration import Duration
     from lightning_llm.isolation import verify_packing
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "ActivationOffload",
     "Duration",
     "LLMModule",
     "Progress",
@@ -31,6 +33,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "ActivationOffload": "lightning_llm.activation_offload",
     "Duration": "lightning_llm.duration",
     "LLMModule": "lightning_llm.module",
     "Progress": "lightning_llm.schedule",

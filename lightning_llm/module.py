@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import lightning as L
@@ -12,6 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
+from lightning_llm.activation_offload import ActivationOffload, warn_if_on_host
 from lightning_llm.compatibility import check_length, check_vocabulary
 from lightning_llm.context_parallel.mesh import mesh_of_all_ranks, sharing_group
 from lightning_llm.duration import Duration
@@ -58,6 +60,8 @@ class LLMModule(L.LightningModule):
         sequence_window: Cut each row into windows of so many tokens: the exact gradient in the memory of a window, and
             of the keys and values of the row, at the cost of another forward pass. See
             :func:`~lightning_llm.windowed.windowed_loss` for the models that allow it. None: no windows.
+        offload: Keep in host memory what the backward needs: saved activations, or, in windows, keys, values and their
+            gradients. See :class:`~lightning_llm.activation_offload.ActivationOffload`.
         context_parallel: Share each row among the ranks of ``ModelParallelStrategy(tensor_parallel_size=...)``: the
             exact gradient with 1 / ranks of the activations on each. See
             :func:`~lightning_llm.context_parallel_loss` for the models that allow it.
@@ -101,6 +105,7 @@ class LLMModule(L.LightningModule):
         trust_remote_code: bool = False,
         leaking_packs: Literal["refuse", "unpack"] = "refuse",
         loss_kernel: Literal["plain", "chunked", "liger", "cce"] = "plain",
+        offload: bool = False,
     ) -> None:
         super().__init__()
         if model is None:
@@ -114,12 +119,14 @@ class LLMModule(L.LightningModule):
             raise ValueError(f"`leaking_packs` must be 'refuse' or 'unpack', but got {leaking_packs!r}.")
         if loss_kernel not in ("chunked", "liger", "cce", "plain"):
             raise ValueError(f"`loss_kernel` must be 'plain', 'chunked', 'liger' or 'cce', but got {loss_kernel!r}.")
+        if not isinstance(offload, bool):
+            raise ValueError(f"`offload` must be True or False, but got {offload!r}.")
         if sequence_window is not None and loss_kernel in ("liger", "cce"):
             raise ValueError(f"Windows compute a loss of their own ('chunked'), not {loss_kernel!r}: leave that out.")
         if sequence_window is not None and context_parallel:
             raise ValueError("`sequence_window` and `context_parallel` do not go together yet: leave out one of them.")
         self.save_hyperparameters(ignore=["model"])
-        self.task = TASKS[task](loss_kernel) if sequence_window is None else WindowedCausalLM(sequence_window)
+        self.task = TASKS[task](loss_kernel) if sequence_window is None else WindowedCausalLM(sequence_window, offload)
         if context_parallel:
             self.task = ContextParallelCausalLM(loss_kernel)
         self.source = model
@@ -133,6 +140,7 @@ class LLMModule(L.LightningModule):
         self.warmup = Duration.parse(warmup)
         self.lr_schedule_options = lr_schedule_options
         self.gradient_checkpointing = gradient_checkpointing
+        self.offload = offload
         self.attn_implementation = attn_implementation
         self.dtype_name = dtype
         self.trust_remote_code = trust_remote_code
@@ -238,6 +246,8 @@ class LLMModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Before packed rows come, find out whether the model lets their documents see each other."""
+        if self.offload:
+            warn_if_on_host(self.device)
         self._check_datamodule()
 
     def on_validation_start(self) -> None:
@@ -256,7 +266,8 @@ class LLMModule(L.LightningModule):
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Mean loss over the batch's label tokens (nats), and their number."""
-        loss = self._loss(batch)
+        with self._offloaded():
+            loss = self._loss(batch)
         detached = TokenLoss(loss.total.detach(), loss.num_tokens)
         self._micro_batch = MicroBatch(batch_idx, batch.get("row_ids"), detached)
         return {"loss": loss.mean, "num_tokens": loss.num_tokens}
@@ -369,6 +380,10 @@ class LLMModule(L.LightningModule):
             scores = self.task.score(self._built(), batch)
             return TokenLoss(scores["nll"], scores["num_tokens"])
         return self.task.loss(self._built(), batch)
+
+    def _offloaded(self) -> AbstractContextManager[object]:
+        in_windows = isinstance(self.task, WindowedCausalLM)  # which offload by themselves
+        return ActivationOffload(self._built()) if self.offload and not in_windows else nullcontext()
 
     def _evaluate(self, batch: Mapping[str, Any], metrics: Any) -> None:
         known = {name: batch[name] for name in ("num_bytes", "num_words") if name in batch}

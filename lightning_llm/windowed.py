@@ -38,6 +38,7 @@ def windowed_loss(
     when: Literal["forward", "backward"] = "forward",
     loss_kernel: WindowLoss = "chunked",
     gradient_dtype: torch.dtype = torch.float32,
+    offload: bool = False,
 ) -> TokenLoss:
     """Cross-entropy summed over the label tokens, as of the uncut sequence, in the memory of a window.
 
@@ -58,6 +59,7 @@ def windowed_loss(
             ``plain``: from logits; or a function of hidden states, as :class:`HeadLoss` describes it.
         gradient_dtype: Type in which gradients of half-precision parameters are summed over the windows; theirs saves
             memory and adds a rounding error with each window.
+        offload: Keep keys, values and their gradients in host memory; on the device are those of a layer or two.
 
     Returns:
         The sum in nats and the number of label tokens, both of shape (). One autograd node: each parameter gets its
@@ -81,6 +83,7 @@ def windowed_loss(
         raise ValueError(f"`when` must be 'forward' or 'backward', but got {when!r}.")
     run = _Run(
         *(model, input_ids, labels, window, attention_mask, position_ids, keep, loss_kernel, gradient_dtype),
+        offload=offload,
         per_token=False,
     )
     return TokenLoss(run.loss(in_forward=when == "forward"), run.num_tokens)
@@ -97,6 +100,7 @@ def windowed_nll(
     keep: int = 1,
     loss_kernel: WindowLoss = "chunked",
     gradient_dtype: torch.dtype = torch.float32,
+    offload: bool = False,
 ) -> Tensor:
     """Negative log-likelihood of each label token, on which any loss can be built: of preferences, of rewards, ...
 
@@ -108,6 +112,7 @@ def windowed_nll(
     """
     run = _Run(
         *(model, input_ids, labels, window, attention_mask, position_ids, keep, loss_kernel, gradient_dtype),
+        offload=offload,
         per_token=True,
     )
     return run.loss(in_forward=False)
@@ -128,6 +133,7 @@ class _Run:
         loss_kernel: WindowLoss,
         gradient_dtype: torch.dtype,
         *,
+        offload: bool,
         per_token: bool,
     ) -> None:
         check_inputs(input_ids, labels, window, keep)
@@ -144,7 +150,7 @@ class _Run:
             edges = self._edges_of_all_ranks(model, sequence, len(edges) - 1)
         sequence.windows = make_windows(edges, starts)
         self.model, self.sequence, self.keep, self.gradient_dtype = model, sequence, keep, gradient_dtype
-        self.per_token = per_token
+        self.offload, self.per_token = offload, per_token
         self.num_tokens = (sequence.targets != IGNORE_INDEX).sum()
         self.head = Head(model, loss_kernel, per_token=per_token)
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -171,7 +177,7 @@ class _Run:
 
     def passes(self, aliases: dict[str, Tensor]) -> Passes:
         """Passes through the model with these in the parameters' place."""
-        return Passes(self.model, self.sequence, self.head, keep=self.keep, parameters=aliases)
+        return Passes(self.model, self.sequence, self.head, keep=self.keep, parameters=aliases, offload=self.offload)
 
     def collect(self, losses: list[Tensor]) -> Tensor:
         """The windows' losses as one."""

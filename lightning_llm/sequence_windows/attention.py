@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from lightning_llm.sequence_windows import kernels
 from lightning_llm.sequence_windows.kernels import ALL, CAUSAL, Scores, Visible
 from lightning_llm.sequence_windows.layout import Window
+from lightning_llm.sequence_windows.offload import Past
 from lightning_llm.sequence_windows.random_states import RandomState
 
 WINDOWED_ATTENTION = "lightning_llm_windowed"
@@ -97,7 +98,11 @@ def windowed_attention(
     window: Window = sequence_window.window
     scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, dropout)
     parts = attention_parts(window, layer.first_key, layer.sliding_window)
-    out: Tensor = _Attention.apply(query, key, value, scores, parts)  # type: ignore[no-untyped-call]
+    past = layer.past()
+    if past is None:
+        out: Tensor = _Attention.apply(query, key, value, scores, parts)  # type: ignore[no-untyped-call]
+    else:
+        out = _OffloadedAttention.apply(query, key, value, past, sequence_window.is_writing, scores, parts)  # type: ignore[no-untyped-call]
     layer.attended_in = window.index
     return out.transpose(1, 2).contiguous(), None
 
@@ -155,6 +160,43 @@ class _Attention(torch.autograd.Function):
         with without_autocast(grad_out), nullcontext() if ctx.random is None else ctx.random.replayed():
             grads = attend_backward(grad_out, query, key, value, out, log_sum, ctx.scores, ctx.parts)
         return *grads, None, None
+
+
+class _OffloadedAttention(torch.autograd.Function):
+    """The same where the past is in host memory: it is fetched again for the backward, and no graph holds it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        past: Past,
+        is_writing: bool,
+        scores: Scores,
+        parts: list[Part],
+    ) -> Tensor:
+        """Store the window's own keys and values, and attend to these and the past."""
+        ctx.random = RandomState(query.device) if scores.dropout else None
+        if is_writing:
+            past.write(key, value)
+        with without_autocast(query):
+            keys, values = past.see(key, value)
+            out, log_sum = attend(query, keys, values, scores, parts)
+        ctx.save_for_backward(query, key, value, out, log_sum)
+        ctx.past, ctx.scores, ctx.parts = past, scores, parts
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        """Fetch the past, and leave its gradient to earlier windows."""
+        query, key, value, out, log_sum = ctx.saved_tensors
+        later = ctx.past.later()
+        with without_autocast(grad_out), nullcontext() if ctx.random is None else ctx.random.replayed():
+            keys, values = ctx.past.see(key, value)
+            grad_query, *grads = attend_backward(grad_out, query, keys, values, out, log_sum, ctx.scores, ctx.parts)
+            return grad_query, *ctx.past.hand_over(grads, later), None, None, None, None
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scores: Scores, parts: list[Part]) -> tuple[Tensor, Tensor]:
@@ -217,7 +259,7 @@ def _layer_of(module: nn.Module, place: Any, mask: Tensor | None, key: Tensor, k
     reason = reason_against_attention(module, mask, layer.sliding_window, kwargs)
     if reason is not None:
         raise UnsupportedModelError(reason)
-    if key.shape[2] != place.window.end - layer.first_key:
+    if key.shape[2] != layer.num_returned:
         raise UnsupportedModelError(f"{name} does not attend to what its cache returned ({key.shape[2]} keys).")
     return layer
 

@@ -7,6 +7,7 @@ share to the gradients of the past, and takes for its own keys what later window
 from __future__ import annotations
 
 from typing import Any
+from weakref import proxy
 
 import torch
 from torch import Tensor
@@ -14,9 +15,11 @@ from torch.autograd.function import once_differentiable
 from transformers import Cache, DynamicCache, PretrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
+from lightning_llm.host_memory import Transfers
 from lightning_llm.sequence_windows.attention import UnsupportedModelError
 from lightning_llm.sequence_windows.layout import Window
 from lightning_llm.sequence_windows.linear_states import LinearStateLayer
+from lightning_llm.sequence_windows.offload import DeviceCopies, HostStore, Past, Span
 
 
 class KeyValueStore:
@@ -24,13 +27,17 @@ class KeyValueStore:
 
     Attributes:
         states: (batch, kv_heads, seq, head_dim); None before the first window.
-        gradient: As ``states``, for the positions before the last window; None before the backward.
+        gradient: (batch, kv_heads, span, head_dim), for the positions from ``gradient_first`` that earlier windows will
+            ask for: of a layer that sees all, up to the last window; of a sliding one, its span before the present
+            window. None before the backward.
+        gradient_first: Position at which ``gradient`` begins.
     """
 
     def __init__(self, length: int) -> None:
         self._length = length
         self.states: Tensor | None = None
         self.gradient: Tensor | None = None
+        self.gradient_first = 0
 
     def write(self, new: Tensor, begin: int) -> None:
         """Put the window's states at their place."""
@@ -49,16 +56,34 @@ class KeyValueStore:
             begin: Position at which the window begins.
             end: One past its last token.
         """
-        assert self.states is not None
-        own = grad[:, :, begin - first :]
-        if self.gradient is not None and end <= self.gradient.shape[2]:
-            own = own + self.gradient[:, :, begin:end]
+        own = self._with_later(grad[:, :, begin - first :], begin, end)
         if begin > first:
-            if self.gradient is None:  # the last window goes first
-                shape = (*self.states.shape[:2], begin, self.states.shape[3])
-                self.gradient = grad.new_zeros(shape)
-            self.gradient[:, :, first:begin] += grad[:, :, : begin - first]
+            self._add(grad[:, :, : begin - first], first, begin)
         return own
+
+    def _with_later(self, own: Tensor, begin: int, end: int) -> Tensor:
+        """Add what later windows have left: for all of the window, or only for its last positions."""
+        origin = self.gradient_first
+        known = max(begin, origin)
+        if self.gradient is None or known >= end:
+            return own
+        later = self.gradient[:, :, known - origin : end - origin]
+        if known == begin:
+            return own + later
+        own = own.clone()
+        own[:, :, known - begin :] += later
+        return own
+
+    def _add(self, share: Tensor, first: int, begin: int) -> None:
+        """Add to the gradients of the positions ``first`` to ``begin``."""
+        origin, before = self.gradient_first, self.gradient
+        if before is not None and origin <= first:
+            before[:, :, first - origin : begin - origin] += share
+            return
+        # The last window goes first; of a sliding layer each window reaches further back, and needs no more than that.
+        self.gradient, self.gradient_first = share.clone(memory_format=torch.contiguous_format), first
+        if before is not None and origin < begin:
+            self.gradient[:, :, origin - first :] += before[:, :, : begin - origin]
 
 
 class _SeenStates(torch.autograd.Function):
@@ -90,7 +115,9 @@ class KeyValueLayer(CacheLayerMixin):
 
     def __init__(self, cache: WindowCache, sliding_window: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._cache = cache
+        self._cache: WindowCache = proxy(
+            cache
+        )  # no cycle: keys and values go with the cache, not with the next collection
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window is not None
         self.is_initialized = True
@@ -100,21 +127,40 @@ class KeyValueLayer(CacheLayerMixin):
     @property
     def first_key(self) -> int:
         """Position of the first key that the present window's tokens may see."""
-        begin = self._cache.window.begin
-        return 0 if self.sliding_window is None else max(0, begin - self.sliding_window + 1)
+        return self.span(self._cache.window).first
+
+    @property
+    def num_returned(self) -> int:
+        """Number of keys that ``update`` returns for the present window."""
+        return self._cache.window.end - self.first_key
+
+    def span(self, window: Window) -> Span:
+        """What a window sees: from its earliest document, or the first token in reach of a sliding window."""
+        first = window.first_key
+        if self.sliding_window is not None:
+            first = max(first, window.begin - self.sliding_window + 1)
+        return Span(first, window.begin, window.end)
+
+    def past(self) -> Past | None:
+        """Where to get the past, if ``update`` does not return it."""
+        return None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take the window's keys and values, (batch, kv_heads, window, head_dim); return all that it sees."""
         window = self._cache.window
-        self.updated_in = window.index
-        kind = key_states.device.type
-        if torch.is_autocast_enabled(kind) and key_states.dtype != torch.float64:  # once, and not the past every time
-            dtype = torch.get_autocast_dtype(kind)
-            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
+        key_states, value_states = self._received(key_states, value_states)
         place = (self.first_key, window.begin, self._cache.is_writing)
         keys: Tensor = _SeenStates.apply(key_states, self.key_store, *place)  # type: ignore[no-untyped-call]
         values: Tensor = _SeenStates.apply(value_states, self.value_store, *place)  # type: ignore[no-untyped-call]
         return keys, values
+
+    def _received(self, *states: Tensor) -> tuple[Tensor, ...]:
+        """In autocast's type: cast once, and not the past every time."""
+        self.updated_in = self._cache.window.index
+        kind = states[0].device.type
+        if not torch.is_autocast_enabled(kind) or states[0].dtype == torch.float64:
+            return states
+        return tuple(x.to(torch.get_autocast_dtype(kind)) for x in states)
 
     def get_seq_length(self) -> int:
         """Tokens before the present window."""
@@ -132,6 +178,31 @@ class KeyValueLayer(CacheLayerMixin):
         """Nothing: the first window makes the store."""
 
 
+class OffloadedLayer(KeyValueLayer):  # type: ignore[no-untyped-call]
+    """The same in host memory: the model gets its own window's keys and values back, and attention the past."""
+
+    def __init__(self, cache: WindowCache, sliding_window: int | None, number: int, copies: DeviceCopies) -> None:
+        super().__init__(cache, sliding_window)
+        spans = [self.span(window) for window in cache.windows]
+        most_past = max(span.begin - span.first for span in spans)
+        self.store = HostStore(copies.transfers, cache.length, most_past)
+        self._number, self._copies = number, copies
+
+    @property
+    def num_returned(self) -> int:
+        """Number of keys that ``update`` returns for the present window."""
+        return self._cache.window.end - self._cache.window.begin
+
+    def past(self) -> Past | None:
+        """Of the present window."""
+        return Past(self.store, self.span(self._cache.window), self._copies, self._cache, self._number)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take the window's keys and values, (batch, kv_heads, window, head_dim), and return them."""
+        key_states, value_states = self._received(key_states, value_states)
+        return key_states, value_states
+
+
 class WindowCache(Cache):
     """A transformers cache that holds a whole sequence and stands at one of its windows.
 
@@ -139,23 +210,37 @@ class WindowCache(Cache):
         config: The decoder's configuration.
         length: Tokens in a row.
         windows: Of the sequence.
+        offload_from: Device whose keys and values are kept in host memory; None to keep them where they are.
     """
 
-    def __init__(self, config: PretrainedConfig, length: int, windows: list[Window]) -> None:
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        length: int,
+        windows: list[Window],
+        offload_from: torch.device | None = None,
+    ) -> None:
         self.length = length
+        self.windows = windows
         self.window = windows[0]
         self.is_writing = True
-        self.windowed: list[Any] = [self._make_layer(like) for like in DynamicCache(config=config).layers]
+        self._copies = None if offload_from is None else DeviceCopies(Transfers(offload_from))
+        self._step = 1
+        likes = DynamicCache(config=config).layers
+        self.windowed: list[Any] = [self._make_layer(like, number) for number, like in enumerate(likes)]
         super().__init__(layers=self.windowed)
 
-    def _make_layer(self, like: Any) -> Any:
-        if type(like) is DynamicLayer:
-            return KeyValueLayer(self)
-        if type(like) is DynamicSlidingWindowLayer:
-            return KeyValueLayer(self, like.sliding_window)
+    def _make_layer(self, like: Any, number: int) -> Any:
         if type(like) is LinearAttentionLayer:
             return LinearStateLayer(self, like.number_of_states)
-        raise UnsupportedModelError(f"The model has a layer of kind {type(like).__name__}, which windows do not know.")
+        if type(like) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise UnsupportedModelError(
+                f"The model has a layer of kind {type(like).__name__}, which windows do not know."
+            )
+        sliding_window = like.sliding_window if type(like) is DynamicSlidingWindowLayer else None
+        if self._copies is None:
+            return KeyValueLayer(self, sliding_window)
+        return OffloadedLayer(self, sliding_window, number, self._copies)
 
     @property
     def linear(self) -> list[LinearStateLayer]:
@@ -165,14 +250,30 @@ class WindowCache(Cache):
     def enter(self, window: Window, *, is_writing: bool) -> None:
         """Stand at a window that the model is about to run."""
         self.seek(window, is_writing=is_writing)
+        self._step = 1
         for layer in self.windowed:
             layer.updated_in = layer.attended_in = -1
         for layer in self.linear:
             layer.enter()
 
     def seek(self, window: Window, *, is_writing: bool) -> None:
-        """Stand at a window; its states are written into the store in the first pass only."""
-        self.window, self.is_writing = window, is_writing
+        """Stand at a window that goes backward; states are written into the store in the first pass only."""
+        self.window, self.is_writing, self._step = window, is_writing, -1
+
+    def upcoming(self, number: int) -> tuple[HostStore, Span] | None:
+        """What the offloaded layer that attends after this one will see; None after the last."""
+        number += self._step
+        while 0 <= number < len(self.windowed):
+            layer = self.windowed[number]
+            if isinstance(layer, OffloadedLayer) and layer.store.states:
+                return layer.store, layer.span(self.window)
+            number += self._step
+        return None
+
+    def release(self) -> None:
+        """Between the passes, keep no copy of what is in host memory."""
+        if self._copies is not None:
+            self._copies.release()
 
     def check_used(self) -> None:
         """Make sure that every layer wrote to the cache and attended to it in the present window.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -43,6 +44,11 @@ class Window:
     begin: int
     end: int
     segments: tuple[Segment, ...]
+
+    @cached_property
+    def first_key(self) -> int:
+        """Position of the first key that any of its tokens may see."""
+        return min(segment.first_key for segment in self.segments)
 
 
 def window_edges(length: int, window: int, *, min_last: int = 1) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import proxy
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ class LinearStateLayer(LinearAttentionLayer):
 
     def __init__(self, cache: Any, number_of_states: int) -> None:
         super().__init__(number_of_states=number_of_states)
-        self._cache = cache
+        self._cache: Any = proxy(cache)
         self._before: dict[tuple[int, Key], Tensor] = {}  # states, without a graph
         self._inputs: dict[tuple[int, Key], Tensor] = {}  # the same as leaves of a window's graph
         self._outputs: dict[tuple[int, Key], Tensor] = {}  # states after a window, in its graph

@@ -47,6 +47,7 @@ class Passes:
         keep: Number of windows, from the last, whose graph is kept in the first pass rather than made again.
         parameters: Aliases of the model's parameters by name, in which gradients are summed; empty to use the model's
             own.
+        offload: Whether keys, values and their gradients are kept in host memory.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Passes:
         *,
         keep: int,
         parameters: Mapping[str, Tensor],
+        offload: bool = False,
     ) -> None:
         base = base_model(model)
         accepted = inspect.signature(base.forward).parameters
@@ -65,7 +67,8 @@ class Passes:
         self._takes_positions = "position_ids" in accepted
         self._config: Any = base.config.get_text_config(decoder=True)
         length = sequence.input_ids.shape[1]
-        self._cache = WindowCache(self._config, length, sequence.windows)
+        offload_from = sequence.input_ids.device if offload else None
+        self._cache = WindowCache(self._config, length, sequence.windows, offload_from)
         self._first_kept = len(sequence.windows) - keep
         self._kept: dict[int, Tensor] = {}
         self._random: dict[int, RandomState] = {}
@@ -97,6 +100,7 @@ class Passes:
                     self._kept[window.index] = loss
                 if loss is not None:
                     losses.append(loss.detach())
+        self._cache.release()
         return losses
 
     def backward(self, grad: Tensor) -> list[Tensor]:

@@ -19,16 +19,17 @@ class WindowedCausalLM(CausalLM):
 
     Args:
         window: Tokens in a window.
+        offload: Whether keys, values and their gradients are kept in host memory.
 
     Raises:
         ValueError: If that is no whole number above 0.
     """
 
-    def __init__(self, window: int) -> None:
+    def __init__(self, window: int, offload: bool = False) -> None:
         if isinstance(window, bool) or not isinstance(window, int) or window < 1:
             raise ValueError(f"`sequence_window` must be a number of tokens, at least 1, but got {window!r}.")
         super().__init__(loss_kernel="chunked")
-        self.window = window
+        self.window, self.offload = window, offload
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> TokenLoss:
         """Sum the cross-entropy over the batch's label tokens; its gradient is made window by window."""
@@ -49,6 +50,7 @@ class WindowedCausalLM(CausalLM):
             "attention_mask": batch.get("attention_mask"),
             "position_ids": batch.get("position_ids"),
             "window": self.window,
+            "offload": self.offload,
         }
 
 

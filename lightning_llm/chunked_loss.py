@@ -337,7 +337,8 @@ class _SummedLoss(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError(
                 "The gradient of chunked_cross_entropy was made in forward and has been given away: a second backward "
-                "through it needs another forward, or chunked_token_nll(...).sum(), or token_cross_entropy(logits)."
+                "through it needs another forward, chunked_token_nll(...).sum(), token_cross_entropy(logits, labels) "
+                "or LLMModule(loss_kernel='plain')."
             )
         gradients, ctx.gradients = ctx.gradients, None
         scaled = [

@@ -60,8 +60,9 @@ class LLMModule(L.LightningModule):
         trust_remote_code: Run model code that comes with the hub repository or folder. Off unless asked for.
         leaking_packs: What to do if the model lets packed documents see each other, which is found out before the first
             packed batch: ``refuse`` it, or ``unpack`` each batch into one document a row, which costs padding.
-        loss_kernel: ``plain`` computes the loss from logits; ``chunked`` from hidden states, without logits in memory;
-            on a GPU also ``liger`` (package liger-kernel) and ``cce`` (cut-cross-entropy). Windows are always chunked.
+        loss_kernel: ``chunked`` computes the loss from hidden states, without logits in memory, where the model's head
+            allows it; ``plain`` from logits; on a GPU also ``liger`` (package liger-kernel) and ``cce``
+            (cut-cross-entropy). Windows are always chunked.
 
     Raises:
         ValueError: For an unknown task, schedule, duration or configuration field.
@@ -93,7 +94,7 @@ class LLMModule(L.LightningModule):
         dtype: str | None = None,
         trust_remote_code: bool = False,
         leaking_packs: Literal["refuse", "unpack"] = "refuse",
-        loss_kernel: Literal["plain", "chunked", "liger", "cce"] = "plain",
+        loss_kernel: Literal["chunked", "plain", "liger", "cce"] = "chunked",
     ) -> None:
         super().__init__()
         if model is None:
@@ -106,7 +107,7 @@ class LLMModule(L.LightningModule):
         if leaking_packs not in ("refuse", "unpack"):
             raise ValueError(f"`leaking_packs` must be 'refuse' or 'unpack', but got {leaking_packs!r}.")
         if loss_kernel not in ("chunked", "liger", "cce", "plain"):
-            raise ValueError(f"`loss_kernel` must be 'plain', 'chunked', 'liger' or 'cce', but got {loss_kernel!r}.")
+            raise ValueError(f"`loss_kernel` must be 'chunked', 'plain', 'liger' or 'cce', but got {loss_kernel!r}.")
         if sequence_window is not None and loss_kernel in ("liger", "cce"):
             raise ValueError(f"Windows compute a loss of their own ('chunked'), not {loss_kernel!r}: leave that out.")
         self.save_hyperparameters(ignore=["model"])

@@ -454,8 +454,14 @@ def test_measuring_the_head_leaves_random_numbers_and_modes_as_they_are():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.fixture
+def warn_of_any_logits(monkeypatch):
+    """The models here are small, and their logits too."""
+    monkeypatch.setattr("lightning_llm.head_loss._WORTH_A_WARNING", 0)
+
+
 @pytest.mark.parametrize("target", ["lm_head", "q_proj"])
-def test_lora_on_the_head_goes_by_logits_and_lora_elsewhere_does_not(target):
+def test_lora_on_the_head_goes_by_logits_and_lora_elsewhere_does_not(target, warn_of_any_logits):
     peft = pytest.importorskip("peft")
     settings = peft.LoraConfig(r=2, target_modules=[target], init_lora_weights=False)
     model = peft.get_peft_model(small_model("llama"), settings).double()
@@ -499,7 +505,7 @@ class Odd(torch.nn.Module):
     ],
     ids=["offset", "rounded", "cut", "clamped", "mixed", "normalised"],
 )
-def test_a_model_with_other_logits_goes_by_its_logits(change):
+def test_a_model_with_other_logits_goes_by_its_logits(change, warn_of_any_logits):
     model = Odd(small_model("llama"), change)
     inputs, labels = small_batch()
     labels = labels.clamp(max=89)
@@ -519,7 +525,31 @@ def test_a_map_that_no_configuration_names_is_measured(change):
         assert_same(loss_and_gradients(lambda: causal_lm_loss(model, inputs, labels).total, model), expected)
 
 
-def test_a_compiled_model_goes_by_its_logits():
+def test_logits_that_take_little_memory_are_worth_no_warning(monkeypatch):
+    model = Odd(small_model("llama"), lambda z: z + 1.0)
+    inputs, labels = small_batch()  # 2 x 19 tokens, vocabulary 101
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        causal_lm_loss(model, inputs, labels)
+        monkeypatch.setattr("lightning_llm.head_loss._WORTH_A_WARNING", 4 * 38 * 101 + 1)
+        causal_lm_loss(model, inputs, labels)
+    monkeypatch.setattr("lightning_llm.head_loss._WORTH_A_WARNING", 4 * 38 * 101)
+    with pytest.warns(UserWarning, match=r"which take 0\.0 GiB in float32"):
+        causal_lm_loss(model, inputs, labels)
+
+
+def test_a_loss_that_is_compiled_as_a_whole_is_made_from_logits():
+    """What the compiler traces is the plain loss, in one graph, and no warning."""
+    model = small_model("llama").train()
+    inputs, labels = small_batch()
+    expected = loss_and_gradients(lambda: causal_lm_loss(model, inputs, labels, loss_kernel="plain").total, model)
+    compiled = torch.compile(lambda: causal_lm_loss(model, inputs, labels).total, backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert_same(loss_and_gradients(compiled, model), expected)
+
+
+def test_a_compiled_model_goes_by_its_logits(warn_of_any_logits):
     model = small_model("llama")
     compiled = torch.compile(copy.deepcopy(model), backend="eager")
     inputs, labels = small_batch()
@@ -650,7 +680,41 @@ def test_a_module_trains_and_scores_alike_with_and_without_logits(padding):
 
 
 def test_a_module_refuses_kernels_that_there_are_not():
-    with pytest.raises(ValueError, match="`loss_kernel` must be 'plain', 'chunked', 'liger' or 'cce', but got 'fused'"):
+    with pytest.raises(ValueError, match="`loss_kernel` must be 'chunked', 'plain', 'liger' or 'cce', but got 'fused'"):
         LLMModule(TINY_GPT2, loss_kernel="fused")
     with pytest.raises(ValueError, match="Windows compute a loss of their own"):
         LLMModule(TINY_GPT2, loss_kernel="liger", sequence_window=8)
+
+
+def test_a_module_trains_without_logits_unless_told_otherwise(monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "lightning_llm.head_loss.chunked_cross_entropy",
+        lambda *a, **k: made.append(1) or chunked_cross_entropy(*a, **k),
+    )
+    batch = {"input_ids": torch.arange(6)[None], "labels": torch.arange(6)[None]}
+    for options, number in (({}, 1), ({"loss_kernel": "plain"}, 0)):
+        made.clear()
+        module = LLMModule(TINY_GPT2, **options)
+        module.configure_model()
+        module.training_step(batch, 0)
+        assert len(made) == number
+
+
+def test_a_module_says_what_second_derivatives_and_second_backwards_need():
+    batch = {"input_ids": torch.arange(6)[None], "labels": torch.arange(6)[None]}
+    module = LLMModule(TINY_GPT2, attn_implementation="eager")
+    module.configure_model()
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    with pytest.raises(RuntimeError, match=r"`create_graph=True`.*LLMModule\(loss_kernel='plain'\)"):
+        torch.autograd.grad(module.training_step(batch, 0)["loss"], parameters, create_graph=True)
+    loss = module.training_step(batch, 0)["loss"]
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"second backward.*LLMModule\(loss_kernel='plain'\)"):
+        loss.backward()
+    plain = LLMModule(TINY_GPT2, attn_implementation="eager", loss_kernel="plain")
+    plain.configure_model()
+    parameters = [p for p in plain.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(plain.training_step(batch, 0)["loss"], parameters, create_graph=True)
+    sum(gradient.square().sum() for gradient in gradients).backward()
+    assert all(parameter.grad is not None for parameter in parameters)

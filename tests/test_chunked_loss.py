@@ -250,7 +250,10 @@ def test_only_label_tokens_and_only_needed_gradients_are_computed():
         return products_of(lambda: chunked_cross_entropy(*inputs, labels, chunk_size=4)) / product
 
     assert products(True, True) == 1 + (1 - 8 / 20) + 2
-    assert products(True, False) == 3
+    assert products(True, False) == 2
+    assert products_of(lambda: chunked_token_nll(hidden, weight.detach(), labels)) == 2 * product
+    with_smoothing = partial(chunked_cross_entropy, hidden, weight.detach(), labels, label_smoothing=0.1)
+    assert products_of(with_smoothing) == 3 * product
     assert products(False, True) == 1 + (1 - 8 / 20) + 1
     assert products(False, False) == 1
     with torch.no_grad():
@@ -270,6 +273,39 @@ def test_frozen_head_and_frozen_hidden_states_get_no_gradient():
         assert not frozen.requires_grad
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("chunk_size", [None, 1, 4])
+def test_one_pass_over_a_frozen_head_is_exact(options, chunk_size):
+    """Whatever order the largest logits come in, also where all of a tile are minus infinity."""
+    (hidden, weight, bias), labels = some_inputs()
+    weight, bias = weight.detach() * 20.0, bias.detach()
+    for order, forbidden in (("ascending", 0), ("descending", 0), ("ascending", 6)):
+        by_size = (hidden.detach().mean((0, 1)) @ weight.T).argsort(descending=order == "descending")
+        weight = weight[by_size]
+        shut = bias.clone()
+        if forbidden and options["softcap"] is None and not options["label_smoothing"]:
+            shut[:forbidden] = -torch.inf
+            labels = labels.where(labels < 0, labels.clamp(min=forbidden))
+        losses = naive_losses(hidden, weight, shut, labels, **options)
+        upstream = torch.linspace(-1.0, 2.0, losses.numel(), dtype=torch.float64).view_as(losses)
+        (expected,) = torch.autograd.grad((losses * upstream).sum(), hidden, retain_graph=True)
+        found = chunked_token_nll(hidden, weight, labels, bias=shut, chunk_size=chunk_size, **options)
+        assert relative(found, losses) < 1e-13
+        for _ in range(2):  # a second backward is right, too
+            (gradient,) = torch.autograd.grad((found * upstream).sum(), hidden, retain_graph=True)
+            assert relative(gradient, expected) < 1e-12
+        (expected,) = torch.autograd.grad(losses.sum(), hidden)
+        total = chunked_cross_entropy(hidden, weight, labels, bias=shut, chunk_size=chunk_size, **options).total
+        assert relative(torch.autograd.grad(total, hidden)[0], expected) < 1e-12
+
+
+def test_one_pass_over_a_frozen_head_does_not_mind_an_infinite_slope_where_there_is_no_target():
+    (hidden, weight, _), labels = some_inputs()
+    losses = chunked_token_nll(hidden, weight.detach(), labels)
+    (gradient,) = torch.autograd.grad(losses.sqrt().sum(), hidden)  # whose slope at 0 is infinite
+    assert gradient.isfinite().all()
+
+
 def peak_beyond_gradients(case, dtype, tokens=256, dim=256, vocab=131072):
     """Of a step, in MiB, in a process of its own."""
     script = Path(__file__).parents[1] / "benchmarks" / "loss.py"
@@ -286,6 +322,7 @@ def peak_beyond_gradients(case, dtype, tokens=256, dim=256, vocab=131072):
 def test_peak_memory_is_inputs_and_gradients_and_64_mib_at_a_vocabulary_of_128k():
     assert peak_beyond_gradients("chunked", "float32") <= 64
     assert peak_beyond_gradients("chunked", "bfloat16") <= 64
+    assert peak_beyond_gradients("chunked, frozen", "float32") <= 64
     assert peak_beyond_gradients("logits", "float32") > 128  # control: logits alone are 128 MiB
 
 

@@ -138,6 +138,27 @@ class LLMModule(L.LightningModule):
         self._unpacks = False
         self._prepared = False
 
+    # ---- windows along the sequence, which DynamicBatchScaler may shorten ------------------------------------------
+
+    @property
+    def sequence_window(self) -> int | None:
+        """Tokens in a window, whatever a callback has made of it; None if rows are not cut."""
+        return self.task.window if isinstance(self.task, WindowedCausalLM) else None
+
+    @sequence_window.setter
+    def sequence_window(self, tokens: int) -> None:
+        if not isinstance(self.task, WindowedCausalLM):
+            raise ValueError("This module does not train in windows: make it with LLMModule(sequence_window=...).")
+        self.task.window = tokens
+
+    def shrink_sequence_window(self, length: int) -> int | None:
+        """Halve the window, for rows of ``length`` tokens that do not fit; loss and gradient stay the same.
+
+        Returns:
+            Tokens in a window from now on; None, and nothing was changed, if they cannot be fewer than they are.
+        """
+        return self.task.shrink(length) if isinstance(self.task, WindowedCausalLM) else None
+
     # ---- the model -----------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:

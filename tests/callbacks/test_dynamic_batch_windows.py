@@ -69,7 +69,7 @@ def test_a_resumed_run_begins_with_the_window_that_fitted(quiet_trainer, truth, 
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     resumed, scaler = ScarceInWindows(where="backward", limit=10), DynamicBatchScaler()
     assert resumed.sequence_window == 32
-    train(quiet_trainer, resumed, scaler, ckpt_path=tmp_path / "half.ckpt", data=batches()[2:])
+    train(quiet_trainer, resumed, scaler, ckpt_path=tmp_path / "half.ckpt", data=batches()[2:], max_epochs=2)
     assert resumed.num_failed == 0
     assert resumed.sequence_window == 8
     assert difference(resumed, truth) < EXACT

@@ -63,6 +63,7 @@ CASES: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], bool]] = {
     "chunked, per token": (by_token, True),
     "transformers, frozen": (by_transformers, False),
     "chunked, frozen": (by_chunks, False),
+    "per token, frozen": (by_token, False),
 }
 
 

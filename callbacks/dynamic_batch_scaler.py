@@ -18,6 +18,7 @@ from lightning_llm.callbacks.pieces.memory import is_out_of_memory
 from lightning_llm.callbacks.pieces.reduction import reduction_of
 from lightning_llm.callbacks.pieces.running import Transfer
 from lightning_llm.callbacks.pieces.search import NO_ROOM_FOR_OPTIMIZER, WeightsCopy, find_limit
+from lightning_llm.callbacks.pieces.sequence_window import WindowLimit
 from lightning_llm.callbacks.pieces.training import TrainingPieces
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,10 @@ class DynamicBatchScaler(L.Callback):
 
     With :class:`~lightning_llm.callbacks.TokenWeightedAccumulation` pieces are weighted by their label tokens, else by
     their rows; ``training_step`` returns a mean, as it does for Lightning's accumulation.
+
+    A single row that does not fit is tried again in shorter windows along the sequence, if the module has the attribute
+    ``sequence_window`` and the method ``shrink_sequence_window(length) -> int | None``, as
+    :class:`~lightning_llm.LLMModule` has with ``sequence_window=...``; the gradient does not depend on them.
 
     Args:
         max_piece: Most that is tried at once, in tokens (rows times columns, padding included) or what ``cost_fn``
@@ -100,6 +105,7 @@ class DynamicBatchScaler(L.Callback):
         self.search_batches = search_batches
         self.limits = PieceLimits(max_piece, grow_every)
         self.inference_limits = PieceLimits(max_piece, grow_every)
+        self.window = WindowLimit()
         self._cutter = BatchCutter(split_fn, cost_fn, trim_padding, sort_by_length)
         self._inference_cutter = BatchCutter(split_fn, cost_fn, trim_padding=False)
         self._training: TrainingPieces | None = None
@@ -129,11 +135,24 @@ class DynamicBatchScaler(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse what shows only now; search."""
         _check_model(trainer, pl_module)
+        self.window.apply(pl_module)
         training = self._training_pieces(trainer)
         sharded = not training.reduction.recovers
         wanted = self.find == "start" or (sharded and self.limits.ceiling is None)
         if wanted and not self.limits.buckets:
             find_limit(training, self.margin, self.search_batches)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin with the window that fitted before."""
+        self.window.apply(pl_module)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """As for validation."""
+        self.window.apply(pl_module)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """As for validation."""
+        self.window.apply(pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -145,6 +164,9 @@ class DynamicBatchScaler(L.Callback):
         pl_module.log("train/pieces", float(report.num_pieces), prog_bar=True, batch_size=1)
         pl_module.log("train/piece_tokens", float(report.largest), batch_size=1)
         pl_module.log("train/out_of_memory", float(self.limits.num_failed), batch_size=1)
+        tokens = self.window.of(pl_module)
+        if tokens is not None:
+            pl_module.log("train/sequence_window", float(tokens), batch_size=1)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the Trainer back what was replaced."""
@@ -156,12 +178,17 @@ class DynamicBatchScaler(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What was learned (by rank 0): a resumed run starts with it."""
-        return {"training": self.limits.state_dict(), "inference": self.inference_limits.state_dict()}
+        return {
+            "training": self.limits.state_dict(),
+            "inference": self.inference_limits.state_dict(),
+            "sequence_window": self.window.tokens,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Start with what is known."""
         self.limits.load_state_dict(state_dict["training"])
         self.inference_limits.load_state_dict(state_dict["inference"])
+        self.window.tokens = state_dict.get("sequence_window")
 
     # ---- details -------------------------------------------------------------------------------------------------
 
@@ -190,7 +217,7 @@ class DynamicBatchScaler(L.Callback):
             assert self._transfer is not None
             if training is not None:
                 training.guard.remove()
-            parts = (trainer, self._cutter, self.limits, reduction_of(trainer), self._transfer)
+            parts = (trainer, self._cutter, self.limits, reduction_of(trainer), self._transfer, self.window)
             self._training = training = TrainingPieces(*parts, overlap=self.overlap)
         return training
 
@@ -199,7 +226,7 @@ class DynamicBatchScaler(L.Callback):
             assert self._transfer is not None
             reduction = reduction_of(trainer)
             limits = self.inference_limits if reduction.recovers else self.limits  # what trains can be evaluated
-            parts = (trainer, self._inference_cutter, limits, reduction, self._transfer, "inference")
+            parts = (trainer, self._inference_cutter, limits, reduction, self._transfer, self.window, "inference")
             self._inference = InferencePieces(*parts, merge_fn=self.merge_fn)
         return self._inference
 

@@ -3,12 +3,14 @@ r"""Cross-entropy of hidden states and a head's weight, without logits in memory
 The logits :math:`z = \mathrm{softcap}(\mathrm{scale} \cdot (h W^\top + b))` of a vocabulary of 128k are by far the
 largest tensor of a training step. Here they come one tile at a time, some label tokens by some entries of the
 vocabulary, in two passes: the first sums the exponentials of each token, the second makes each tile's gradient and
-multiplies it on at once. Tokens without a target cost nothing. All sums are kept in float32 (float64 for float64).
+multiplies it on at once. One pass is enough for a frozen head: what a token's hidden state gets is linear in its
+exponentials, so it is summed beside them and divided at the end. Tokens without a target cost nothing. All sums are
+kept in float32 (float64 for float64).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -105,7 +107,8 @@ def chunked_token_nll(
 ) -> Tensor:
     """The loss of each label token, on which any loss can be built; the arguments are :func:`chunked_cross_entropy`'s.
 
-    Nothing of the size of a gradient is made before backward, which computes the logits again.
+    Nothing of the size of a gradient is made before backward, which computes the logits again. Only that of ``hidden``
+    is made in forward, and scaled token by token in backward, where head and bias are frozen.
 
     Returns:
         (batch, seq) in nats, float32 (float64 for float64), at the position of the *prediction*; 0 where there is no
@@ -118,7 +121,7 @@ def chunked_token_nll(
     options = LossOptions(label_smoothing, z_loss, LogitMap(softcap, logit_scale), chunk_size)
     targets = _check(hidden, weight, bias, labels, options)
     losses: Tensor = _TokenLosses.apply(  # type: ignore[no-untyped-call]
-        hidden.flatten(0, -2), weight, bias, targets, options, labels.shape
+        hidden.flatten(0, -2), weight, bias, targets, options, labels.shape, torch.is_grad_enabled()
     )
     return losses
 
@@ -166,21 +169,18 @@ class _Tiles:
             for chunk in self.chunks:
                 logits = self._logits(self._rows(chunk), columns, block, out=_room(room, chunk, block))
                 log_sums[chunk] = torch.logaddexp(log_sums[chunk], logits.logsumexp(-1))
-                column, inside = self._target(chunk, block)
-                chosen[chunk] += logits.gather(1, column)[:, 0].masked_fill_(~inside, 0.0)
+                chosen[chunk] += self._chosen(logits, chunk, block)
                 if self.options.label_smoothing:
                     sums[chunk] += logits.sum(-1)
         smoothing = self.options.label_smoothing
         losses = log_sums - (1.0 - smoothing) * chosen
         if smoothing:
             losses -= smoothing / len(self.weight) * sums
-        if self.options.z_loss:
-            losses += self.options.z_loss * log_sums.square()
-        return losses, log_sums
+        return self._with_z_loss(losses, log_sums), log_sums
 
     def gradients(
         self,
-        needed: tuple[bool, bool, bool],
+        needed: Sequence[bool],
         log_sums: Tensor,
         factor: Tensor | None = None,
         room: Tensor | None = None,
@@ -211,6 +211,53 @@ class _Tiles:
                 of_bias[block] = block_of_bias
         return None if of_hidden is None else self._spread(of_hidden), of_weight, of_bias
 
+    def in_one_pass(self) -> tuple[Tensor, Tensor]:
+        r"""Losses (tokens,) and the gradient of hidden; of a frozen head, without label smoothing.
+
+        .. math:: \frac{\partial L_t}{\partial h_t} = s \Big( \frac{1 + 2 \zeta \, \mathrm{lse}_t}{S_t}
+                  \sum_v e^{z_{tv} - m_t} c_{tv} W_v - c_{t y_t} W_{y_t} \Big), \qquad S_t = \sum_v e^{z_{tv} - m_t}
+
+        with the scale s and the slope c of the bound; both sums are scaled down when the largest logit m grows.
+        """
+        top = self._per_token(torch.finfo(self.dtype).min)  # finite, so that a tile of -inf gives no NaN
+        sums, chosen = self._per_token(0.0), self._per_token(0.0)
+        of_hidden = torch.zeros_like(self.hidden, dtype=self.dtype)  # label tokens in front, as in `gradients`
+        for block, columns in self._weights():
+            for chunk in self.chunks:
+                logits = self._logits(self._rows(chunk), columns, block)
+                chosen[chunk] += self._chosen(logits, chunk, block)
+                new_top = torch.maximum(top[chunk], logits.amax(-1))
+                shrink = (top[chunk] - new_top).exp_()
+                top[chunk] = new_top
+                slope = self._slope(logits)
+                exponentials = logits.sub_(new_top[:, None]).exp_()
+                sums[chunk] = sums[chunk] * shrink + exponentials.sum(-1)
+                if slope is not None:
+                    exponentials *= slope
+                _add_product(of_hidden[chunk].mul_(shrink[:, None]), exponentials.to(self.operand_dtype), columns)
+        log_sums = top + sums.log()
+        scale = self.options.logits.scale
+        slope = self._slope(chosen)
+        of_target = self._per_token(scale) if slope is None else scale * slope
+        factor = scale * (1.0 + 2.0 * self.options.z_loss * log_sums) / sums
+        for chunk in self.chunks:
+            targets = self.weight[self.labels[chunk]].to(self.operand_dtype).to(self.dtype)
+            of_hidden[chunk].mul_(factor[chunk, None]).sub_(targets.mul_(of_target[chunk, None]))
+        return self._with_z_loss(log_sums - chosen, log_sums), self._spread(of_hidden)
+
+    def _chosen(self, logits: Tensor, chunk: slice, block: slice) -> Tensor:
+        """The targets' logits, (tokens,); 0 for targets outside of the block."""
+        column, inside = self._target(chunk, block)
+        return logits.gather(1, column)[:, 0].masked_fill_(~inside, 0.0)
+
+    def _with_z_loss(self, losses: Tensor, log_sums: Tensor) -> Tensor:
+        return losses + self.options.z_loss * log_sums.square() if self.options.z_loss else losses
+
+    def _slope(self, logits: Tensor) -> Tensor | None:
+        """Of the bound, at logits that are bounded; None without a bound."""
+        softcap = self.options.logits.softcap
+        return None if softcap is None else (logits / softcap).square_().neg_().add_(1.0)
+
     def _logits(self, rows: Tensor, columns: Tensor, block: slice, out: Tensor | None = None) -> Tensor:
         if rows.dtype == self.dtype:
             logits = torch.mm(rows, columns.T, out=out)
@@ -228,8 +275,8 @@ class _Tiles:
         self, logits: Tensor, chunk: slice, block: slice, log_sums: Tensor, factor: Tensor | None
     ) -> Tensor:
         """Gradient of the losses by the head's output, in place of the logits."""
-        softcap, scale = self.options.logits
-        slope = None if softcap is None else (logits / softcap).square_().neg_().add_(1.0)  # of tanh
+        scale = self.options.logits.scale
+        slope = self._slope(logits)
         gradient = logits.sub_(log_sums[chunk, None]).exp_()
         if self.options.z_loss:
             gradient *= 1.0 + 2.0 * self.options.z_loss * log_sums[chunk, None]
@@ -303,7 +350,7 @@ def _tile_side(weight: Tensor) -> int:
 
 
 class _SummedLoss(torch.autograd.Function):
-    """Both passes in forward; backward only scales."""
+    """All passes in forward; backward only scales."""
 
     @staticmethod
     def forward(
@@ -317,13 +364,18 @@ class _SummedLoss(torch.autograd.Function):
     ) -> Tensor:
         """Hidden states (tokens, dim), weight (vocab, dim), bias (vocab,); the sum has shape ()."""
         tiles = _Tiles(hidden, weight, bias, targets, options)
-        of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
-        needed = (with_grad and of_hidden, with_grad and of_weight, with_grad and of_bias)
+        needed = tuple(with_grad and needs for needs in ctx.needs_input_grad[:3])
         has_room = needed[1] and weight.dtype == tiles.dtype
         room = _held_like(weight) if has_room else None
+        gradients: tuple[Tensor | None, ...] = (None, None, None)
         with torch.autocast(hidden.device.type, enabled=False):
-            losses, log_sums = tiles.losses(room)
-            gradients = tiles.gradients(needed, log_sums, room=room) if any(needed) else (None, None, None)
+            if _is_one_pass_enough(needed, options):
+                losses, of_hidden = tiles.in_one_pass()
+                gradients = (of_hidden, None, None)
+            else:
+                losses, log_sums = tiles.losses(room)
+                if any(needed):
+                    gradients = tiles.gradients(needed, log_sums, room=room)
         if gradients[0] is not None:
             gradients = (gradients[0].to(_held_dtype(hidden)), *gradients[1:])
         ctx.gradients = gradients
@@ -337,7 +389,8 @@ class _SummedLoss(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError(
                 "The gradient of chunked_cross_entropy was made in forward and has been given away: a second backward "
-                "through it needs another forward, or chunked_token_nll(...).sum(), or token_cross_entropy(logits)."
+                "through it needs another forward, chunked_token_nll(...).sum(), token_cross_entropy(logits, labels) "
+                "or LLMModule(loss_kernel='plain')."
             )
         gradients, ctx.gradients = ctx.gradients, None
         scaled = [
@@ -348,7 +401,7 @@ class _SummedLoss(torch.autograd.Function):
 
 
 class _TokenLosses(torch.autograd.Function):
-    """The first pass in forward, the second in backward."""
+    """The first pass in forward, the second in backward; if one is enough, backward only scales."""
 
     @staticmethod
     def forward(
@@ -359,12 +412,15 @@ class _TokenLosses(torch.autograd.Function):
         targets: _Targets,
         options: LossOptions,
         shape: torch.Size,
+        with_grad: bool,
     ) -> Tensor:
         """As above; the losses have the labels' shape."""
         tiles = _Tiles(hidden, weight, bias, targets, options)
+        needed = tuple(with_grad and needs for needs in ctx.needs_input_grad[:3])
+        ctx.is_one_pass = _is_one_pass_enough(needed, options)
         with torch.autocast(hidden.device.type, enabled=False):
-            losses, log_sums = tiles.losses()
-        ctx.save_for_backward(hidden, weight, bias, *targets, log_sums)
+            losses, known = tiles.in_one_pass() if ctx.is_one_pass else tiles.losses()
+        ctx.save_for_backward(hidden, weight, bias, *targets, known)  # gradient of hidden, or log-sum-exps
         ctx.options, ctx.operand_dtype = options, tiles.operand_dtype
         placed = losses.new_zeros(shape)  # no view: FSDP2 warns of a module that returns one
         placed.view(-1).index_copy_(0, targets.rows, losses)
@@ -374,16 +430,25 @@ class _TokenLosses(torch.autograd.Function):
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         """The logits once more, tile by tile, and each token's gradient times its upstream one."""
         _refuse_create_graph()
-        hidden, weight, bias, index, labels, log_sums = ctx.saved_tensors
+        hidden, weight, bias, index, labels, known = ctx.saved_tensors
+        factor = grad_losses.flatten()[index]
+        if ctx.is_one_pass:
+            by_row = factor.new_zeros(len(known)).index_copy_(0, index, factor)
+            return (known * by_row[:, None]).to(hidden.dtype), *[None] * 6
         tiles = _Tiles(hidden, weight, bias, _Targets(index, labels), ctx.options)
         tiles.operand_dtype = ctx.operand_dtype  # that of forward, which autocast may have chosen
         with torch.autocast(hidden.device.type, enabled=False):
-            gradients = tiles.gradients(ctx.needs_input_grad[:3], log_sums, grad_losses.flatten()[index])
+            gradients = tiles.gradients(ctx.needs_input_grad[:3], known, factor)
         dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         cast = [
             None if gradient is None else gradient.to(dtype) for gradient, dtype in zip(gradients, dtypes, strict=True)
         ]
-        return (*cast, None, None, None)
+        return *cast, *[None] * 4
+
+
+def _is_one_pass_enough(needed: tuple[bool, ...], options: LossOptions) -> bool:
+    """Smoothed labels pull at every entry of the vocabulary, by another sum, which would take a product of its own."""
+    return needed == (True, False, False) and not options.label_smoothing
 
 
 def _held_like(tensor: Tensor) -> Tensor:

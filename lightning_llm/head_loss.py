@@ -20,6 +20,7 @@ LossKernel = Literal["chunked", "liger", "cce", "plain"]
 HeadFunction = Callable[[Tensor, Tensor, Tensor | None, LogitMap], Tensor]
 _MEASURED: WeakKeyDictionary[nn.Module, LogitMap | str] = WeakKeyDictionary()  # by head; else why there is no map
 _WARNED: WeakSet[nn.Module] = WeakSet()
+_WORTH_A_WARNING = 2**28  # bytes of a batch's logits in float32
 
 
 def causal_lm_loss(
@@ -49,7 +50,7 @@ def causal_lm_loss(
         ImportError: For a kernel that is not installed.
 
     Warns:
-        UserWarning: Once for a model that takes the plain way though another was asked for.
+        UserWarning: As :func:`call_head`.
     """
     if loss_kernel not in ("chunked", "liger", "cce", "plain"):
         raise ValueError(f"`loss_kernel` must be 'chunked', 'liger', 'cce' or 'plain', but got {loss_kernel!r}.")
@@ -112,8 +113,10 @@ def call_head(model: nn.Module, inputs: Mapping[str, Any], of_head: HeadFunction
         What ``of_head`` returned; None, and the model was not called, if the model cannot be called so.
 
     Warns:
-        UserWarning: Once for a model that cannot be called so, with the reason.
+        UserWarning: Once for a model that cannot be called so, with the reason, if its logits take 256 MiB or more.
     """
+    if torch.compiler.is_compiling():  # the compiler sees what logits are for; it would stumble over what follows
+        return None
     base = _unwrap(model)
     head: Any = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     logit_map: LogitMap | str | None = _reason_against(model, base, head)
@@ -122,11 +125,12 @@ def call_head(model: nn.Module, inputs: Mapping[str, Any], of_head: HeadFunction
             _MEASURED[head] = _measure(model, head, inputs)
         logit_map = _MEASURED[head]
     if isinstance(logit_map, str):
-        if model not in _WARNED:
+        num_bytes = _logit_bytes(base, inputs)
+        if model not in _WARNED and num_bytes >= _WORTH_A_WARNING:
             _WARNED.add(model)
             warnings.warn(
-                f"The loss of {type(base).__name__} is made from its logits, which takes more memory: {logit_map}. "
-                f"loss_kernel='plain' does so without this warning.",
+                f"The loss of {type(base).__name__} is made from its logits, which take {num_bytes / 2**30:.1f} GiB in "
+                f"float32: {logit_map}. loss_kernel='plain' does so without this warning.",
                 stacklevel=3,
             )
         return None
@@ -172,11 +176,18 @@ def _reason_against(model: nn.Module, base: Any, head: Any) -> str | None:
         return f"its head is {type(head).__name__}, not a plain linear layer"
     if {name for name, _ in head.named_parameters()} - {"weight", "bias"}:
         return "its head computes its weight"
-    if torch.compiler.is_compiling() or any(
-        hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in (model, base)
-    ):
+    if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in (model, base)):
         return "it is compiled"
     return None
+
+
+def _logit_bytes(base: Any, inputs: Mapping[str, Any]) -> int:
+    """Of a batch's logits in float32; 0 where the model does not tell its vocabulary."""
+    input_ids = inputs.get("input_ids")
+    config: Any = getattr(base, "config", None)
+    if not isinstance(input_ids, Tensor) or not hasattr(config, "get_text_config"):
+        return 0
+    return 4 * input_ids.numel() * int(getattr(config.get_text_config(), "vocab_size", None) or 0)
 
 
 @torch.no_grad()

@@ -70,8 +70,9 @@ class LLMModule(L.LightningModule):
         trust_remote_code: Run model code that comes with the hub repository or folder. Off unless asked for.
         leaking_packs: What to do if the model lets packed documents see each other, which is found out before the first
             packed batch: ``refuse`` it, or ``unpack`` each batch into one document a row, which costs padding.
-        loss_kernel: ``plain`` computes the loss from logits; ``chunked`` from hidden states, without logits in memory;
-            on a GPU also ``liger`` (package liger-kernel) and ``cce`` (cut-cross-entropy). Windows are always chunked.
+        loss_kernel: ``chunked`` computes the loss from hidden states, without logits in memory, where the model's head
+            allows it; ``plain`` from logits; on a GPU also ``liger`` (package liger-kernel) and ``cce``
+            (cut-cross-entropy). Windows are always chunked.
 
     Raises:
         ValueError: For an unknown task, schedule, duration or configuration field.
@@ -99,13 +100,13 @@ class LLMModule(L.LightningModule):
         lr_schedule_options: dict[str, Any] | None = None,
         gradient_checkpointing: bool = False,
         sequence_window: int | None = None,
+        offload: bool = False,
         context_parallel: bool = False,
         attn_implementation: str | None = None,
         dtype: str | None = None,
         trust_remote_code: bool = False,
         leaking_packs: Literal["refuse", "unpack"] = "refuse",
-        loss_kernel: Literal["plain", "chunked", "liger", "cce"] = "plain",
-        offload: bool = False,
+        loss_kernel: Literal["chunked", "plain", "liger", "cce"] = "chunked",
     ) -> None:
         super().__init__()
         if model is None:
@@ -118,7 +119,7 @@ class LLMModule(L.LightningModule):
         if leaking_packs not in ("refuse", "unpack"):
             raise ValueError(f"`leaking_packs` must be 'refuse' or 'unpack', but got {leaking_packs!r}.")
         if loss_kernel not in ("chunked", "liger", "cce", "plain"):
-            raise ValueError(f"`loss_kernel` must be 'plain', 'chunked', 'liger' or 'cce', but got {loss_kernel!r}.")
+            raise ValueError(f"`loss_kernel` must be 'chunked', 'plain', 'liger' or 'cce', but got {loss_kernel!r}.")
         if not isinstance(offload, bool):
             raise ValueError(f"`offload` must be True or False, but got {offload!r}.")
         if sequence_window is not None and loss_kernel in ("liger", "cce"):
@@ -155,6 +156,27 @@ class LLMModule(L.LightningModule):
         self._masks_checked = False
         self._unpacks = False
         self._prepared = False
+
+    # ---- windows along the sequence, which DynamicBatchScaler may shorten ------------------------------------------
+
+    @property
+    def sequence_window(self) -> int | None:
+        """Tokens in a window, whatever a callback has made of it; None if rows are not cut."""
+        return self.task.window if isinstance(self.task, WindowedCausalLM) else None
+
+    @sequence_window.setter
+    def sequence_window(self, tokens: int) -> None:
+        if not isinstance(self.task, WindowedCausalLM):
+            raise ValueError("This module does not train in windows: make it with LLMModule(sequence_window=...).")
+        self.task.window = tokens
+
+    def shrink_sequence_window(self, length: int) -> int | None:
+        """Halve the window, for rows of ``length`` tokens that do not fit; loss and gradient stay the same.
+
+        Returns:
+            Tokens in a window from now on; None, and nothing was changed, if they cannot be fewer than they are.
+        """
+        return self.task.shrink(length) if isinstance(self.task, WindowedCausalLM) else None
 
     # ---- the model -----------------------------------------------------------------------------------------------
 

@@ -250,7 +250,10 @@ def test_only_label_tokens_and_only_needed_gradients_are_computed():
         return products_of(lambda: chunked_cross_entropy(*inputs, labels, chunk_size=4)) / product
 
     assert products(True, True) == 1 + (1 - 8 / 20) + 2
-    assert products(True, False) == 3
+    assert products(True, False) == 2
+    assert products_of(lambda: chunked_token_nll(hidden, weight.detach(), labels)) == 2 * product
+    with_smoothing = partial(chunked_cross_entropy, hidden, weight.detach(), labels, label_smoothing=0.1)
+    assert products_of(with_smoothing) == 3 * product
     assert products(False, True) == 1 + (1 - 8 / 20) + 1
     assert products(False, False) == 1
     with torch.no_grad():
@@ -270,6 +273,39 @@ def test_frozen_head_and_frozen_hidden_states_get_no_gradient():
         assert not frozen.requires_grad
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("chunk_size", [None, 1, 4])
+def test_one_pass_over_a_frozen_head_is_exact(options, chunk_size):
+    """Whatever order the largest logits come in, also where all of a tile are minus infinity."""
+    (hidden, weight, bias), labels = some_inputs()
+    weight, bias = weight.detach() * 20.0, bias.detach()
+    for order, forbidden in (("ascending", 0), ("descending", 0), ("ascending", 6)):
+        by_size = (hidden.detach().mean((0, 1)) @ weight.T).argsort(descending=order == "descending")
+        weight = weight[by_size]
+        shut = bias.clone()
+        if forbidden and options["softcap"] is None and not options["label_smoothing"]:
+            shut[:forbidden] = -torch.inf
+            labels = labels.where(labels < 0, labels.clamp(min=forbidden))
+        losses = naive_losses(hidden, weight, shut, labels, **options)
+        upstream = torch.linspace(-1.0, 2.0, losses.numel(), dtype=torch.float64).view_as(losses)
+        (expected,) = torch.autograd.grad((losses * upstream).sum(), hidden, retain_graph=True)
+        found = chunked_token_nll(hidden, weight, labels, bias=shut, chunk_size=chunk_size, **options)
+        assert relative(found, losses) < 1e-13
+        for _ in range(2):  # a second backward is right, too
+            (gradient,) = torch.autograd.grad((found * upstream).sum(), hidden, retain_graph=True)
+            assert relative(gradient, expected) < 1e-12
+        (expected,) = torch.autograd.grad(losses.sum(), hidden)
+        total = chunked_cross_entropy(hidden, weight, labels, bias=shut, chunk_size=chunk_size, **options).total
+        assert relative(torch.autograd.grad(total, hidden)[0], expected) < 1e-12
+
+
+def test_one_pass_over_a_frozen_head_does_not_mind_an_infinite_slope_where_there_is_no_target():
+    (hidden, weight, _), labels = some_inputs()
+    losses = chunked_token_nll(hidden, weight.detach(), labels)
+    (gradient,) = torch.autograd.grad(losses.sqrt().sum(), hidden)  # whose slope at 0 is infinite
+    assert gradient.isfinite().all()
+
+
 def peak_beyond_gradients(case, dtype, tokens=256, dim=256, vocab=131072):
     """Of a step, in MiB, in a process of its own."""
     script = Path(__file__).parents[1] / "benchmarks" / "loss.py"
@@ -286,6 +322,7 @@ def peak_beyond_gradients(case, dtype, tokens=256, dim=256, vocab=131072):
 def test_peak_memory_is_inputs_and_gradients_and_64_mib_at_a_vocabulary_of_128k():
     assert peak_beyond_gradients("chunked", "float32") <= 64
     assert peak_beyond_gradients("chunked", "bfloat16") <= 64
+    assert peak_beyond_gradients("chunked, frozen", "float32") <= 64
     assert peak_beyond_gradients("logits", "float32") > 128  # control: logits alone are 128 MiB
 
 
@@ -454,8 +491,14 @@ def test_measuring_the_head_leaves_random_numbers_and_modes_as_they_are():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.fixture
+def warn_of_any_logits(monkeypatch):
+    """The models here are small, and their logits too."""
+    monkeypatch.setattr("lightning_llm.head_loss._WORTH_A_WARNING", 0)
+
+
 @pytest.mark.parametrize("target", ["lm_head", "q_proj"])
-def test_lora_on_the_head_goes_by_logits_and_lora_elsewhere_does_not(target):
+def test_lora_on_the_head_goes_by_logits_and_lora_elsewhere_does_not(target, warn_of_any_logits):
     peft = pytest.importorskip("peft")
     settings = peft.LoraConfig(r=2, target_modules=[target], init_lora_weights=False)
     model = peft.get_peft_model(small_model("llama"), settings).double()
@@ -499,7 +542,7 @@ class Odd(torch.nn.Module):
     ],
     ids=["offset", "rounded", "cut", "clamped", "mixed", "normalised"],
 )
-def test_a_model_with_other_logits_goes_by_its_logits(change):
+def test_a_model_with_other_logits_goes_by_its_logits(change, warn_of_any_logits):
     model = Odd(small_model("llama"), change)
     inputs, labels = small_batch()
     labels = labels.clamp(max=89)
@@ -519,7 +562,31 @@ def test_a_map_that_no_configuration_names_is_measured(change):
         assert_same(loss_and_gradients(lambda: causal_lm_loss(model, inputs, labels).total, model), expected)
 
 
-def test_a_compiled_model_goes_by_its_logits():
+def test_logits_that_take_little_memory_are_worth_no_warning(monkeypatch):
+    model = Odd(small_model("llama"), lambda z: z + 1.0)
+    inputs, labels = small_batch()  # 2 x 19 tokens, vocabulary 101
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        causal_lm_loss(model, inputs, labels)
+        monkeypatch.setattr("lightning_llm.head_loss._WORTH_A_WARNING", 4 * 38 * 101 + 1)
+        causal_lm_loss(model, inputs, labels)
+    monkeypatch.setattr("lightning_llm.head_loss._WORTH_A_WARNING", 4 * 38 * 101)
+    with pytest.warns(UserWarning, match=r"which take 0\.0 GiB in float32"):
+        causal_lm_loss(model, inputs, labels)
+
+
+def test_a_loss_that_is_compiled_as_a_whole_is_made_from_logits():
+    """What the compiler traces is the plain loss, in one graph, and no warning."""
+    model = small_model("llama").train()
+    inputs, labels = small_batch()
+    expected = loss_and_gradients(lambda: causal_lm_loss(model, inputs, labels, loss_kernel="plain").total, model)
+    compiled = torch.compile(lambda: causal_lm_loss(model, inputs, labels).total, backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert_same(loss_and_gradients(compiled, model), expected)
+
+
+def test_a_compiled_model_goes_by_its_logits(warn_of_any_logits):
     model = small_model("llama")
     compiled = torch.compile(copy.deepcopy(model), backend="eager")
     inputs, labels = small_batch()
@@ -650,7 +717,41 @@ def test_a_module_trains_and_scores_alike_with_and_without_logits(padding):
 
 
 def test_a_module_refuses_kernels_that_there_are_not():
-    with pytest.raises(ValueError, match="`loss_kernel` must be 'plain', 'chunked', 'liger' or 'cce', but got 'fused'"):
+    with pytest.raises(ValueError, match="`loss_kernel` must be 'chunked', 'plain', 'liger' or 'cce', but got 'fused'"):
         LLMModule(TINY_GPT2, loss_kernel="fused")
     with pytest.raises(ValueError, match="Windows compute a loss of their own"):
         LLMModule(TINY_GPT2, loss_kernel="liger", sequence_window=8)
+
+
+def test_a_module_trains_without_logits_unless_told_otherwise(monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "lightning_llm.head_loss.chunked_cross_entropy",
+        lambda *a, **k: made.append(1) or chunked_cross_entropy(*a, **k),
+    )
+    batch = {"input_ids": torch.arange(6)[None], "labels": torch.arange(6)[None]}
+    for options, number in (({}, 1), ({"loss_kernel": "plain"}, 0)):
+        made.clear()
+        module = LLMModule(TINY_GPT2, **options)
+        module.configure_model()
+        module.training_step(batch, 0)
+        assert len(made) == number
+
+
+def test_a_module_says_what_second_derivatives_and_second_backwards_need():
+    batch = {"input_ids": torch.arange(6)[None], "labels": torch.arange(6)[None]}
+    module = LLMModule(TINY_GPT2, attn_implementation="eager")
+    module.configure_model()
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    with pytest.raises(RuntimeError, match=r"`create_graph=True`.*LLMModule\(loss_kernel='plain'\)"):
+        torch.autograd.grad(module.training_step(batch, 0)["loss"], parameters, create_graph=True)
+    loss = module.training_step(batch, 0)["loss"]
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"second backward.*LLMModule\(loss_kernel='plain'\)"):
+        loss.backward()
+    plain = LLMModule(TINY_GPT2, attn_implementation="eager", loss_kernel="plain")
+    plain.configure_model()
+    parameters = [p for p in plain.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(plain.training_step(batch, 0)["loss"], parameters, create_graph=True)
+    sum(gradient.square().sum() for gradient in gradients).backward()
+    assert all(parameter.grad is not None for parameter in parameters)

@@ -50,6 +50,10 @@ class PieceLimit:
         self.calm = 0
         self.is_probe = False
 
+    def set_free(self, limit: int | None = None) -> None:
+        """Pieces need less memory from now on: what failed may fit, up to ``limit``."""
+        self.limit, self.bad = limit, None
+
     def fitted(self, cost: int, beside_gradients: bool) -> None:
         """A piece of this cost was run to the end of backward."""
         if self.is_probe and cost > self.good:

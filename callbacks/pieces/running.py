@@ -15,6 +15,7 @@ from lightning_llm.callbacks.pieces.memory import is_out_of_memory, release_memo
 from lightning_llm.callbacks.pieces.merging import PieceLogs
 from lightning_llm.callbacks.pieces.reduction import LocalReduction
 from lightning_llm.callbacks.pieces.rows import CannotSplit
+from lightning_llm.callbacks.pieces.sequence_window import WindowLimit
 from lightning_llm.callbacks.pieces.undo import StateKeeper
 
 log = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ class PieceRunner:
         limits: How large pieces may be; learns.
         reduction: How ranks meet.
         transfer: Moves pieces of batches that are still on the host.
+        window: How long windows along the sequence may be, in modules that have them.
         name: Of what is run, for messages.
     """
 
@@ -97,6 +99,7 @@ class PieceRunner:
         limits: PieceLimits,
         reduction: LocalReduction,
         transfer: Transfer,
+        window: WindowLimit,
         name: str = "training",
     ) -> None:
         assert trainer.strategy.lightning_module is not None
@@ -107,6 +110,7 @@ class PieceRunner:
         self.limits = limits
         self.reduction = reduction
         self.transfer = transfer
+        self.window = window
         self.name = name
         self.keeper = StateKeeper(self.module, self.device)
         self.report = BatchReport(1, 0, 0)
@@ -128,9 +132,11 @@ class PieceRunner:
         """Learn that a piece failed, and cut it.
 
         A single row is tried once more as it is, when all memory has been given back, if as much has fitted before.
+        What cannot be cut along the batch is tried again in shorter windows along the sequence, where there are some.
 
         Raises:
-            torch.OutOfMemoryError: If it cannot be cut.
+            torch.OutOfMemoryError: If nothing is left to cut.
+            CannotSplit: Likewise, if the batch does not say how.
         """
         limit = self.limits.of(piece.length)
         has_fitted = not is_retry and any(piece.cost <= known.good for known in self.limits.buckets.values())
@@ -140,14 +146,20 @@ class PieceRunner:
             if len(parts) == 1:
                 parts = self.cutter.halve(piece)
         except CannotSplit as reason:
-            raise reason from error
+            if not self._shrink_window(piece):
+                raise reason from error
+            limit.set_free()  # the next batch cannot be cut either
+            return [piece]
         if len(parts) == 1 and has_fitted:
             release_memory(self.device)
+        elif len(parts) == 1 and self._shrink_window(piece):
+            limit.set_free(piece.cost)
+            return parts
         elif len(parts) == 1:
             raise torch.OutOfMemoryError(
                 f"Out of memory in {self.name} with a single row of {piece.length} columns (cost {piece.cost}) on rank "
-                f"{self.trainer.global_rank}: it cannot be cut along the batch. Use shorter rows, gradient "
-                f"checkpointing, lower precision, or a smaller or sharded model."
+                f"{self.trainer.global_rank}: it cannot be cut along the batch{self._and_windows()}. Use "
+                f"shorter rows, gradient checkpointing, lower precision, or a smaller or sharded model."
             ) from error
         log.warning(
             "Out of memory in %s on rank %d: a piece of cost %d (%g rows of %d columns) is run again in %s; the limit "
@@ -156,6 +168,13 @@ class PieceRunner:
             *(f"{len(parts)} pieces" if len(parts) > 1 else "one, as it had fitted before", limit.limit),
         )
         return parts
+
+    def _and_windows(self) -> str:
+        tokens = self.window.of(self.module)
+        return "" if tokens is None else f", and its windows of {tokens} tokens cannot be shorter"
+
+    def _shrink_window(self, piece: Piece) -> bool:
+        return self.window.shrink(self.module, piece.length, self.name, self.trainer.global_rank)
 
     def batch_done(self, whole: Piece, lengths: set[int], report: BatchReport) -> None:
         """Let the limit grow after calm batches."""

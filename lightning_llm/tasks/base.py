@@ -27,7 +27,7 @@ class Task(ABC):
     name: ClassVar[str]
     auto_class: ClassVar[str]
 
-    def __init__(self, loss_kernel: LossKernel = "plain") -> None:
+    def __init__(self, loss_kernel: LossKernel = "chunked") -> None:
         self.loss_kernel: LossKernel = loss_kernel
 
     @abstractmethod

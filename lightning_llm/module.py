@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
@@ -18,6 +18,8 @@ from lightning_llm.isolation import PackingLeakError, check_mask, verify_packing
 from lightning_llm.loss import NonFiniteLossError, TokenLoss
 from lightning_llm.optimizers import make_adamw, make_schedule
 from lightning_llm.packed_attention import use_packed_attention
+from lightning_llm.planning.of_module import check_auto, plan_of_trainer, plan_source, task_of
+from lightning_llm.planning.plan import Plan
 from lightning_llm.pretrained import build_model, is_complete, resolve_config, resolve_dtype
 from lightning_llm.run_length import total_optimizer_steps
 from lightning_llm.sharding import build_sharded
@@ -54,7 +56,9 @@ class LLMModule(L.LightningModule):
         gradient_checkpointing: Recompute each layer's activations in backward instead of keeping them.
         sequence_window: Cut each row into windows of so many tokens: the exact gradient in the memory of a window, and
             of the keys and values of the row, at the cost of another forward pass. See
-            :func:`~lightning_llm.windowed.windowed_loss` for the models that allow it. None: no windows.
+            :func:`~lightning_llm.windowed.windowed_loss` for the models that allow it. None: no windows. ``auto``: as
+            :meth:`plan` chooses for the data module's ``max_length`` and the device's memory when training begins: no
+            windows, gradient checkpointing, or windows.
         attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, ...; transformers' choice if None.
         dtype: Type of the parameters; if None, what the Trainer's ``precision`` asks for (float32 for mixed).
         trust_remote_code: Run model code that comes with the hub repository or folder. Off unless asked for.
@@ -88,7 +92,7 @@ class LLMModule(L.LightningModule):
         warmup: str | int | float = "2%",
         lr_schedule_options: dict[str, Any] | None = None,
         gradient_checkpointing: bool = False,
-        sequence_window: int | None = None,
+        sequence_window: int | Literal["auto"] | None = None,
         attn_implementation: str | None = None,
         dtype: str | None = None,
         trust_remote_code: bool = False,
@@ -109,8 +113,10 @@ class LLMModule(L.LightningModule):
             raise ValueError(f"`loss_kernel` must be 'plain', 'chunked', 'liger' or 'cce', but got {loss_kernel!r}.")
         if sequence_window is not None and loss_kernel in ("liger", "cce"):
             raise ValueError(f"Windows compute a loss of their own ('chunked'), not {loss_kernel!r}: leave that out.")
+        check_auto(sequence_window, gradient_checkpointing)
         self.save_hyperparameters(ignore=["model"])
-        self.task = TASKS[task](loss_kernel) if sequence_window is None else WindowedCausalLM(sequence_window)
+        is_whole = sequence_window is None or isinstance(sequence_window, str)  # "auto" is decided in `setup`
+        self.task = TASKS[task](loss_kernel) if is_whole else WindowedCausalLM(sequence_window)  # type: ignore[arg-type]
         self.source = model
         self.config = resolve_config(model, trust_remote_code=trust_remote_code)
         self.model: nn.Module | None = model if isinstance(model, nn.Module) else None
@@ -122,6 +128,7 @@ class LLMModule(L.LightningModule):
         self.warmup = Duration.parse(warmup)
         self.lr_schedule_options = lr_schedule_options
         self.gradient_checkpointing = gradient_checkpointing
+        self.sequence_window = sequence_window
         self.attn_implementation = attn_implementation
         self.dtype_name = dtype
         self.trust_remote_code = trust_remote_code
@@ -156,6 +163,52 @@ class LLMModule(L.LightningModule):
         length = getattr(datamodule, "max_length", None)
         if length is not None:
             check_length(self.config, length, "the data module's `max_length`")
+        if self.sequence_window == "auto" and stage == "fit":
+            self._follow_plan()
+
+    def plan(
+        self,
+        max_length: int,
+        memory: str | float | None = None,
+        *,
+        precision: str = "32-true",
+        micro_batch_size: int = 1,
+        shards: int = 1,
+        optimizer: bool = True,
+        offload: bool = True,
+    ) -> Plan:
+        """Estimate the memory of training rows of a length in each way, and choose the fastest that fits.
+
+        No weight is loaded or allocated for it: the step runs on tensors that have no data. ``print(module.plan(...))``
+        shows a table, ``.reason`` is the choice in one line, ``.parts()`` what the memory consists of.
+
+        Args:
+            max_length: Tokens in a row.
+            memory: Of the device, such as ``"16GB"`` or ``"80GiB"``; if None, what is free on this machine's.
+            precision: The Trainer's.
+            micro_batch_size: Rows in a micro-batch.
+            shards: Ranks among which FSDP2 divides weights, gradients and optimizer state.
+            optimizer: Whether AdamW's state counts.
+            offload: Whether keys and values may be kept in host memory.
+
+        Raises:
+            ValueError: For arguments that are not understood, and for models that cannot be planned.
+        """
+        return plan_source(
+            self.source if self.model is None else self.model,
+            self.config,
+            self.task.auto_class,
+            max_length,
+            memory,
+            precision=precision,
+            dtype=self.dtype_name,
+            attn_implementation=self.attn_implementation,
+            trust_remote_code=self.trust_remote_code,
+            micro_batch_size=micro_batch_size,
+            shards=shards,
+            optimizer=optimizer,
+            offload=offload,
+        )
 
     def configure_model(self) -> None:
         """Build the model where the strategy wants it: sharded over its device mesh, else whole on the host."""
@@ -398,6 +451,17 @@ class LLMModule(L.LightningModule):
                 f"leaking_packs='unpack': each document becomes a row of its own, padded to the longest of its batch. "
                 f"Losses are those of separate documents; memory and time grow with the padding. The reason: {leak}"
             )
+
+    def _follow_plan(self) -> None:
+        """Train as the plan for this run says; once chosen, it stays so."""
+        plan = plan_of_trainer(self, self.trainer)
+        assert plan.chosen is not None
+        self.task = task_of(plan.chosen, self.hparams["loss_kernel"], TASKS[self.task.name])
+        self.gradient_checkpointing = plan.chosen.checkpointing
+        self.sequence_window = plan.chosen.window
+        if self._prepared:
+            self._prepare_layers(self._built())
+        rank_zero_info(f"sequence_window='auto': {plan.reason}")
 
     def _prepare_layers(self, model: nn.Module) -> None:
         if self._trainer is not None and self.attn_implementation is None and self.task.name == "causal-lm":

@@ -54,7 +54,7 @@ class Need:
     @property
     def total(self) -> float:
         """Bytes on the device."""
-        return sum(getattr(self, field.name) for field in fields(self) if field.name != "host")
+        return float(sum(getattr(self, field.name) for field in fields(self) if field.name != "host"))
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,9 @@ class Step:
     shards: int = 1
 
 
-def simulate(model: nn.Module, step: Step, length: int, *, checkpointing: bool = False, window: int | None = None) -> Need:
+def simulate(
+    model: nn.Module, step: Step, length: int, *, checkpointing: bool = False, window: int | None = None
+) -> Need:
     """Run a step without data and see what it takes.
 
     Args:
@@ -108,7 +110,7 @@ def simulate(model: nn.Module, step: Step, length: int, *, checkpointing: bool =
                 loss = _loss(model, ids, of_head)
             else:
                 loss = _windowed_loss(model, ids, window, of_head, memory, watch)
-        loss.backward()
+        torch.autograd.backward(loss)
     return _need(model, step, memory.peak, watch, is_windowed=window is not None)
 
 
@@ -200,9 +202,7 @@ def _windowed_loss(
 class _WindowsRun:
     """As that of :mod:`lightning_llm.windowed`, with a loss that needs no data."""
 
-    def __init__(
-        self, model: nn.Module, sequence: Sequence, of_head: Any, memory: LiveMemory, watch: _Watch
-    ) -> None:
+    def __init__(self, model: nn.Module, sequence: Sequence, of_head: Any, memory: LiveMemory, watch: _Watch) -> None:
         self.model, self.sequence, self.memory, self.watch = model, sequence, memory, watch
         self.head = Head(model, "plain" if of_head is None else of_head, per_token=False)
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -212,7 +212,7 @@ class _WindowsRun:
         for alias in aliases.values():
             if alias.dtype.itemsize < 4:
                 alias.grad_dtype = torch.float32
-            alias.register_post_accumulate_grad_hook(self._mark)
+            alias.register_post_accumulate_grad_hook(self._mark)  # type: ignore[no-untyped-call]
         return aliases
 
     def passes(self, aliases: dict[str, Tensor]) -> Passes:
@@ -267,7 +267,9 @@ class _ChunkedLossMemory(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
-        of_both = [None if g is None else g.mul_(grad).to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
+        of_both = [
+            None if g is None else g.mul_(grad).to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)
+        ]
         return (*of_both, None)
 
 
@@ -293,10 +295,11 @@ def _prepared(model: nn.Module, memory: LiveMemory, watch: _Watch, *, checkpoint
     def at_head(*_: Any) -> None:
         watch.at_head = max(watch.at_head, memory.live.get("other", 0))
 
-    handles = [] if head is None else [head.register_forward_pre_hook(at_head)]
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            handles.append(parameter.register_post_accumulate_grad_hook(lambda p: memory.mark(p.grad, "gradients")))
+    handles: list[Any] = [] if head is None else [head.register_forward_pre_hook(at_head)]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        hook: Any = parameter.register_post_accumulate_grad_hook
+        handles.append(hook(lambda p: memory.mark(p.grad, "gradients")))
     before = config._attn_implementation
     if before != "eager":
         config._attn_implementation = _ATTENTION

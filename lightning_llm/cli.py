@@ -1,4 +1,4 @@
-"""The command line: ``lightning-llm fit|validate|test|predict --config FILE`` and ``lightning-llm generate``.
+"""The command line: ``lightning-llm fit|validate|test|predict --config FILE``, ``plan`` and ``generate``.
 
 Heavy imports wait until a command needs them, so that ``--help`` answers at once.
 """
@@ -19,7 +19,7 @@ TRAINER_COMMANDS = {
     "test": "evaluate on the test documents",
     "predict": "score every row of the test documents into predictions.jsonl",
 }
-_USAGE = "lightning-llm {fit,validate,test,predict,generate} ..."
+_USAGE = "lightning-llm {fit,validate,test,predict,plan,generate} ..."
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -32,6 +32,10 @@ def main(args: Sequence[str] | None = None) -> None:
     command = arguments[0] if arguments else "--help"
     if command in TRAINER_COMMANDS:
         _run_trainer(None if args is None else arguments)
+    elif command == "plan":
+        from lightning_llm.planning.command import run_plan
+
+        run_plan(arguments[1:])
     elif command == "generate":
         _generate(arguments[1:])
     elif command in ("-h", "--help"):
@@ -41,7 +45,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
         print(f"lightning-llm {__version__}")
     else:
-        commands = ", ".join([*TRAINER_COMMANDS, "generate"])
+        commands = ", ".join([*TRAINER_COMMANDS, "plan", "generate"])
         sys.exit(f"usage: {_USAGE}\nlightning-llm: error: expected one of {commands}, but got {command!r}.")
 
 
@@ -55,6 +59,7 @@ def _help() -> str:
             "",
             "commands:",
             *lines,
+            "  plan       estimate the memory of training, and choose between checkpointing and windows",
             "  generate   continue a prompt with a trained model",
             "",
             "`lightning-llm COMMAND --help` lists a command's arguments; each can stand in a YAML file (--config).",

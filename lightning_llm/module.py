@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
@@ -22,11 +22,13 @@ from lightning_llm.loss import NonFiniteLossError, TokenLoss
 from lightning_llm.optimizers import make_adamw, make_schedule
 from lightning_llm.packed_attention import use_packed_attention
 from lightning_llm.parallel import data_parallel_size
+from lightning_llm.planning.of_module import plan_of_trainer, plan_source
+from lightning_llm.planning.plan import Plan
 from lightning_llm.pretrained import build_model, is_complete, resolve_config, resolve_dtype
 from lightning_llm.run_length import total_optimizer_steps
 from lightning_llm.sharding import build_sharded
 from lightning_llm.step_window import MicroBatch, StepWindow
-from lightning_llm.tasks import TASKS
+from lightning_llm.tasks.choice import choose_task
 from lightning_llm.tasks.context_parallel_causal_lm import ContextParallelCausalLM
 from lightning_llm.tasks.windowed_causal_lm import WindowedCausalLM
 from lightning_llm.unpacking import unpack_documents
@@ -59,7 +61,9 @@ class LLMModule(L.LightningModule):
         gradient_checkpointing: Recompute each layer's activations in backward instead of keeping them.
         sequence_window: Cut each row into windows of so many tokens: the exact gradient in the memory of a window, and
             of the keys and values of the row, at the cost of another forward pass. See
-            :func:`~lightning_llm.windowed.windowed_loss` for the models that allow it. None: no windows.
+            :func:`~lightning_llm.windowed.windowed_loss` for the models that allow it. None: no windows. ``auto``: as
+            :meth:`plan` chooses for the data module's ``max_length`` and the device's memory when training begins: no
+            windows, gradient checkpointing, or windows.
         offload: Keep in host memory what the backward needs: saved activations, or, in windows, keys, values and their
             gradients. See :class:`~lightning_llm.activation_offload.ActivationOffload`.
         context_parallel: Share each row among the ranks of ``ModelParallelStrategy(tensor_parallel_size=...)``: the
@@ -99,7 +103,7 @@ class LLMModule(L.LightningModule):
         warmup: str | int | float = "2%",
         lr_schedule_options: dict[str, Any] | None = None,
         gradient_checkpointing: bool = False,
-        sequence_window: int | None = None,
+        sequence_window: int | Literal["auto"] | None = None,
         offload: bool = False,
         context_parallel: bool = False,
         attn_implementation: str | None = None,
@@ -114,22 +118,16 @@ class LLMModule(L.LightningModule):
                 "`model` is missing. A checkpoint of a model that was passed in built (a PeftModel, say) does not "
                 "hold its architecture: LLMModule.load_from_checkpoint(path, model=the same model, built again)."
             )
-        if task not in TASKS:
-            raise ValueError(f"`task` must be one of {', '.join(TASKS)}, but got {task!r}.")
         if leaking_packs not in ("refuse", "unpack"):
             raise ValueError(f"`leaking_packs` must be 'refuse' or 'unpack', but got {leaking_packs!r}.")
-        if loss_kernel not in ("chunked", "liger", "cce", "plain"):
-            raise ValueError(f"`loss_kernel` must be 'chunked', 'plain', 'liger' or 'cce', but got {loss_kernel!r}.")
-        if not isinstance(offload, bool):
-            raise ValueError(f"`offload` must be True or False, but got {offload!r}.")
-        if sequence_window is not None and loss_kernel in ("liger", "cce"):
-            raise ValueError(f"Windows compute a loss of their own ('chunked'), not {loss_kernel!r}: leave that out.")
-        if sequence_window is not None and context_parallel:
-            raise ValueError("`sequence_window` and `context_parallel` do not go together yet: leave out one of them.")
+        if sequence_window == "auto" and gradient_checkpointing:
+            raise ValueError(
+                "`sequence_window='auto'` chooses checkpointing itself: leave `gradient_checkpointing` out."
+            )
+        self.task = choose_task(
+            task, loss_kernel, sequence_window=sequence_window, offload=offload, context_parallel=context_parallel
+        )
         self.save_hyperparameters(ignore=["model"])
-        self.task = TASKS[task](loss_kernel) if sequence_window is None else WindowedCausalLM(sequence_window, offload)
-        if context_parallel:
-            self.task = ContextParallelCausalLM(loss_kernel)
         self.source = model
         self.config = resolve_config(model, trust_remote_code=trust_remote_code)
         self.model: nn.Module | None = model if isinstance(model, nn.Module) else None
@@ -142,6 +140,7 @@ class LLMModule(L.LightningModule):
         self.lr_schedule_options = lr_schedule_options
         self.gradient_checkpointing = gradient_checkpointing
         self.offload = offload
+        self._plans = sequence_window == "auto"
         self.attn_implementation = attn_implementation
         self.dtype_name = dtype
         self.trust_remote_code = trust_remote_code
@@ -166,6 +165,7 @@ class LLMModule(L.LightningModule):
 
     @sequence_window.setter
     def sequence_window(self, tokens: int) -> None:
+        """Take other windows, in a module that has some."""
         if not isinstance(self.task, WindowedCausalLM):
             raise ValueError("This module does not train in windows: make it with LLMModule(sequence_window=...).")
         self.task.window = tokens
@@ -199,6 +199,52 @@ class LLMModule(L.LightningModule):
         length = getattr(datamodule, "max_length", None)
         if length is not None:
             check_length(self.config, length, "the data module's `max_length`")
+        if self._plans and stage == "fit":
+            self._follow_plan()
+
+    def plan(
+        self,
+        max_length: int,
+        memory: str | float | None = None,
+        *,
+        precision: str = "32-true",
+        micro_batch_size: int = 1,
+        shards: int = 1,
+        optimizer: bool = True,
+        offload: bool = True,
+    ) -> Plan:
+        """Estimate the memory of training rows of a length in each way, and choose the fastest that fits.
+
+        No weight is loaded or allocated for it: the step runs on tensors that have no data. ``print(module.plan(...))``
+        shows a table, ``.reason`` is the choice in one line, ``.parts()`` what the memory consists of.
+
+        Args:
+            max_length: Tokens in a row.
+            memory: Of the device, such as ``"16GB"`` or ``"80GiB"``; if None, what is free on this machine's.
+            precision: The Trainer's.
+            micro_batch_size: Rows in a micro-batch.
+            shards: Ranks among which FSDP2 divides weights, gradients and optimizer state.
+            optimizer: Whether AdamW's state counts.
+            offload: Whether keys and values may be kept in host memory.
+
+        Raises:
+            ValueError: For arguments that are not understood, and for models that cannot be planned.
+        """
+        return plan_source(
+            self.source if self.model is None else self.model,
+            self.config,
+            self.task.auto_class,
+            max_length,
+            memory,
+            precision=precision,
+            dtype=self.dtype_name,
+            attn_implementation=self.attn_implementation,
+            trust_remote_code=self.trust_remote_code,
+            micro_batch_size=micro_batch_size,
+            shards=shards,
+            optimizer=optimizer,
+            offload=offload,
+        )
 
     def configure_model(self) -> None:
         """Build the model where the strategy wants it: sharded over its device mesh, else whole on the host."""
@@ -449,6 +495,19 @@ class LLMModule(L.LightningModule):
                 f"leaking_packs='unpack': each document becomes a row of its own, padded to the longest of its batch. "
                 f"Losses are those of separate documents; memory and time grow with the padding. The reason: {leak}"
             )
+
+    def _follow_plan(self) -> None:
+        """Train as the plan for this run says; once chosen, it stays so."""
+        plan = plan_of_trainer(self, self.trainer)
+        assert plan.chosen is not None
+        self._plans = False
+        self.offload = self.offload or plan.chosen.offload
+        self.gradient_checkpointing = plan.chosen.checkpointing
+        if plan.chosen.window is not None:
+            self.task = WindowedCausalLM(plan.chosen.window, self.offload)
+        if self._prepared:
+            self._prepare_layers(self._built())
+        rank_zero_info(f"sequence_window='auto': {plan.reason}")
 
     def _prepare_layers(self, model: nn.Module) -> None:
         if self._trainer is not None and self.attn_implementation is None and self.task.name == "causal-lm":

@@ -36,6 +36,7 @@ MODULES = sorted(
         "lightning_llm.datamodules.batches",
         "lightning_llm.datamodules.questions",
         "lightning_llm.datamodules.streams",
+        "lightning_llm.planning",
         "lightning_llm.sequence_windows",
         "lightning_llm.tasks",
     )

@@ -212,6 +212,7 @@ class LLMModule(L.LightningModule):
         shards: int = 1,
         optimizer: bool = True,
         offload: bool = True,
+        with_logits: bool = True,
     ) -> Plan:
         """Estimate the memory of training rows of a length in each way, and choose the fastest that fits.
 
@@ -226,6 +227,7 @@ class LLMModule(L.LightningModule):
             shards: Ranks among which FSDP2 divides weights, gradients and optimizer state.
             optimizer: Whether AdamW's state counts.
             offload: Whether keys and values may be kept in host memory.
+            with_logits: Whether the loss from logits is shown, for comparison.
 
         Raises:
             ValueError: For arguments that are not understood, and for models that cannot be planned.
@@ -244,6 +246,7 @@ class LLMModule(L.LightningModule):
             shards=shards,
             optimizer=optimizer,
             offload=offload,
+            with_logits=with_logits,
         )
 
     def configure_model(self) -> None:

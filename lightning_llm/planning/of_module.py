@@ -42,6 +42,7 @@ def plan_source(
     shards: int = 1,
     optimizer: bool = True,
     offload: bool = True,
+    with_logits: bool = True,
 ) -> Plan:
     """Plan for a model that is not built: its architecture is made on the meta device.
 
@@ -59,6 +60,7 @@ def plan_source(
         shards: Ranks among which FSDP2 divides the parameters.
         optimizer: Whether AdamW's state counts.
         offload: Whether keys and values may be kept in host memory.
+        with_logits: Whether the loss from logits is shown, for comparison.
 
     Raises:
         ValueError: For arguments that are not understood, and for models that cannot be planned.
@@ -76,7 +78,7 @@ def plan_source(
         else _architecture(source, config, auto_class, resolved, attn_implementation, trust_remote_code)
     )
     step = Step(rows=micro_batch_size, autocast=autocast, optimizer=optimizer, shards=shards)
-    return make_plan(model, max_length, size, step, offload=offload)
+    return make_plan(model, max_length, size, step, offload=offload, with_logits=with_logits)
 
 
 def _architecture(
@@ -147,6 +149,7 @@ def plan_of_trainer(module: Any, trainer: L.Trainer) -> Plan:
         micro_batch_size=_rows(datamodule),
         shards=trainer.world_size if module.device_mesh is not None else 1,
         offload=device.type == "cuda",
+        with_logits=False,
     )
     if plan.chosen is None:
         raise ValueError(f"`sequence_window='auto'`: {plan.reason} Shorten rows, or lower `micro_batch_size`.")

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,7 @@ from lightning_llm.planning.memory_size import format_size
 from lightning_llm.planning.simulation import Need, Step, simulate
 from lightning_llm.sequence_windows.attention import UnsupportedModelError
 from lightning_llm.sequence_windows.head import base_model
+from lightning_llm.sequence_windows.requirements import check_model
 
 MARGIN = 0.1
 """Share of the memory that stays free: what kernels and the allocator take is not counted."""
@@ -52,20 +54,21 @@ class Option:
 
     Attributes:
         way: The way.
-        need: Peak memory at the length asked for.
-        half: Peak memory at half that length.
-        length: Tokens in a row.
+        needs: Peak memory at the length asked for, which is first, and at a shorter and a longer one; by length.
         time: Floating-point operations relative to ``plain``.
     """
 
     way: Way
-    need: Need
-    half: Need
-    length: int
+    needs: dict[int, Need]
     time: float
 
+    @property
+    def need(self) -> Need:
+        """Peak memory at the length asked for."""
+        return next(iter(self.needs.values()))
+
     def longest(self, room: float) -> int:
-        """The longest row that fits into so many bytes: memory is linear in the length, which two lengths tell.
+        """The longest row that fits into so many bytes, on straight lines through the lengths that were tried.
 
         Args:
             room: Bytes on the device.
@@ -73,11 +76,11 @@ class Option:
         Returns:
             Tokens; 0 if none fits.
         """
-        per_token = (self.need.total - self.half.total) / (self.length - self.length // 2)
-        fixed = self.need.total - per_token * self.length
-        if room <= fixed:
-            return 0
-        return int((room - fixed) / per_token) if per_token > 0 else 2**62
+        points = sorted((length, need.total) for length, need in self.needs.items())
+        (x0, y0), (x1, y1) = next((pair for pair in pairwise(points) if room <= pair[1][1]), points[-2:])
+        if y1 <= y0:
+            return x1 if room >= y1 else 0
+        return max(0, int(x0 + (room - y0) * (x1 - x0) / (y1 - y0)))
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ class Plan:
             lines.append(
                 f"{option.way.name:<26}{format_size(option.need.total):>10}"
                 f"{format_size(option.need.host) if option.need.host else '-':>10}{option.time:>7.2f}"
-                f"{longest if longest < 2**62 else 'any':>14}   {'yes' if fits else 'no'}"
+                f"{longest:>14}   {'yes' if fits else 'no'}"
                 f"{' <-' if option.way == self.chosen else ''}"
             )
         return "\n".join([*lines, *([self.note] if self.note else []), self.reason])
@@ -134,11 +137,13 @@ def make_plan(
     *,
     windows: Sequence[int] | None = None,
     offload: bool = True,
+    with_logits: bool = True,
 ) -> Plan:
     """Find the fastest way to train rows of a length in a memory.
 
-    No weight is allocated: the step runs on tensors without data, at two lengths for each way. Needs of windows between
-    the smallest and the largest are taken from these two, on the straight line, which lies above what they take.
+    No weight is allocated: the step runs on tensors without data, at three lengths for each way. Needs of windows
+    between the smallest and the largest are taken from these two, on the straight line, which lies above what they
+    take.
 
     Args:
         model: A causal language model, best on the meta device; it is not changed.
@@ -147,6 +152,7 @@ def make_plan(
         step: What a training step is like.
         windows: Windows to consider; powers of two if None.
         offload: Whether keys and values may be kept in host memory.
+        with_logits: Whether the loss from logits is shown, for comparison.
 
     Raises:
         ValueError: If ``length`` or ``memory`` is not positive, or the model cannot be run without data.
@@ -158,14 +164,18 @@ def make_plan(
         >>> make_plan(model, 512, 1e9).chosen.name
         'plain'
     """
-    if length < 4 or memory <= 0:
-        raise ValueError(f"Expected `max_length` of 4 tokens or more and `memory` above 0, but got {length}, {memory}.")
+    if length < 16 or memory <= 0:
+        raise ValueError(
+            f"Expected `max_length` of 16 tokens or more and `memory` above 0, but got {length}, {memory}."
+        )
     step = step or Step()
     model = hollow_copy(model)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a model's deprecated switches
-            options = [_option(model, step, length, way) for way in _WHOLE]
+            options = [
+                _option(model, step, length, way) for way in _WHOLE if with_logits or way.loss_kernel == "chunked"
+            ]
             windowed, note = _windowed_options(model, step, length, windows)
     except (NotImplementedError, RuntimeError) as error:
         raise ValueError(
@@ -214,7 +224,7 @@ def _reason(length: int, memory: float, options: Sequence[Option], chosen: Optio
     if not before:
         return f"{chosen.way.name}: it needs {need} {of}, and nothing is faster"
     if chosen.way.checkpointing:
-        small = next((o for o in options if o.way.window is not None), None)
+        small = next((o for o in options if o.way.window and o.need.total < chosen.need.total), None)
         text = f"{chosen.way.name}: it needs {need}; plain needs {format_size(before[0].need.total)} {of}"
         if small is not None:
             text += f"; {small.way.name} would need {format_size(small.need.total)} but take no less time"
@@ -231,11 +241,11 @@ def _reason(length: int, memory: float, options: Sequence[Option], chosen: Optio
 
 def _option(model: nn.Module, step: Step, length: int, way: Way) -> Option:
     step = replace(step, loss_kernel=way.loss_kernel)
-    need, half = (
-        simulate(model, step, tokens, checkpointing=way.checkpointing, window=way.window)
-        for tokens in (length, length // 2)
-    )
-    return Option(way, need, half, length, _time(model, length, way))
+    needs = {
+        tokens: simulate(model, step, tokens, checkpointing=way.checkpointing, window=way.window)
+        for tokens in (length, length // 4, 8 * length)
+    }
+    return Option(way, needs, _time(model, length, way))
 
 
 def _windowed_options(
@@ -247,12 +257,13 @@ def _windowed_options(
     if not sizes:
         return [], ""
     try:
+        check_model(model, length, sizes[-1], is_packed=False)
         ends = {size: _option(model, step, length, Way(window=size)) for size in {sizes[0], sizes[-1]}}
     except UnsupportedModelError as error:
         return [], f"Without windows: {error}"
     options = [_between(model, size, ends[sizes[-1]], ends[sizes[0]]) for size in sizes]
-    layers = len(_kv_layers(model))
-    return [*options, *(_offloaded(option, layers) for option in options)], ""
+    config: Any = base_model(model).config.get_text_config(decoder=True)
+    return [*options, *(_offloaded(option, config.num_hidden_layers) for option in options)], ""
 
 
 def _powers(length: int) -> list[int]:
@@ -263,32 +274,28 @@ def _powers(length: int) -> list[int]:
 
 
 def _between(model: nn.Module, window: int, small: Option, large: Option) -> Option:
-    way = Way(window=window)
-    span = (large.way.window or 0) - (small.way.window or 0)
-    share = (window - (small.way.window or 0)) / span if span else 0.0
+    assert small.way.window is not None
+    assert large.way.window is not None
+    span = large.way.window - small.way.window
+    share = (window - small.way.window) / span if span else 0.0
 
     def mix(a: Need, b: Need) -> Need:
         values = {f.name: getattr(a, f.name) * (1 - share) + getattr(b, f.name) * share for f in fields(Need)}
         return Need(**values)
 
-    return Option(
-        way, mix(small.need, large.need), mix(small.half, large.half), large.length, _time(model, large.length, way)
-    )
+    way = Way(window=window)
+    needs = {length: mix(need, large.needs[length]) for length, need in small.needs.items()}
+    return Option(way, needs, _time(model, next(iter(needs)), way))
 
 
 def _offloaded(option: Option, layers: int) -> Option:
     """On the device are the keys and values of two layers, and the gradients of one; on the host those of all."""
-
-    def move(need: Need) -> Need:
-        return replace(need, keys_and_values=need.keys_and_values * min(1.0, 1.5 / layers), host=need.keys_and_values)
-
-    way = replace(option.way, offload=True)
-    return replace(option, way=way, need=move(option.need), half=move(option.half))
-
-
-def _kv_layers(model: nn.Module) -> list[int]:
-    config: Any = base_model(model).config.get_text_config(decoder=True)
-    return list(range(config.num_hidden_layers))
+    share = min(1.0, 1.5 / layers)
+    needs = {
+        length: replace(need, keys_and_values=need.keys_and_values * share, host=need.keys_and_values)
+        for length, need in option.needs.items()
+    }
+    return Option(replace(option.way, offload=True), needs, option.time)
 
 
 def _time(model: nn.Module, length: int, way: Way) -> float:

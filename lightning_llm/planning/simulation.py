@@ -22,7 +22,7 @@ from lightning_llm.sequence_windows.head import Head, base_model
 from lightning_llm.sequence_windows.layout import make_windows, window_edges
 from lightning_llm.sequence_windows.nodes import GradientInForward
 from lightning_llm.sequence_windows.passes import Passes, Sequence
-from lightning_llm.sequence_windows.requirements import check_model, has_linear_layers
+from lightning_llm.sequence_windows.requirements import has_linear_layers
 
 _ATTENTION = "lightning_llm_planned"
 
@@ -88,14 +88,9 @@ def simulate(
         step: What it is like.
         length: Tokens in a row.
         checkpointing: Whether each layer's activations are made again in backward.
-        window: Tokens in a window; None for no windows.
-
-    Raises:
-        UnsupportedModelError: If the model cannot be cut into windows.
+        window: Tokens in a window; None for no windows. ``check_model`` says whether the model allows them.
     """
     memory, watch = LiveMemory(model), _Watch()
-    if window is not None:
-        check_model(model, length, window, is_packed=False)
     _know_head(model)
     with memory, _prepared(model, memory, watch, checkpointing=checkpointing):
         if step.holds_gradients:

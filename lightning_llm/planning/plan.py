@@ -157,6 +157,7 @@ def make_plan(
         ValueError: If ``length`` or ``memory`` is not positive, or the model cannot be run without data.
 
     Example:
+        >>> import torch
         >>> from transformers import AutoModelForCausalLM, GPT2Config
         >>> with torch.device("meta"):
         ...     model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=32, n_embd=8, n_layer=1, n_head=2))
@@ -176,7 +177,7 @@ def make_plan(
                 _option(model, step, length, way) for way in _WHOLE if with_logits or way.loss_kernel == "chunked"
             ]
             windowed, note = _windowed_options(model, step, length, windows)
-    except (NotImplementedError, RuntimeError) as error:
+    except RuntimeError as error:
         raise ValueError(
             f"{type(base_model(model)).__name__} cannot be planned: its code looks at values of tensors, which have "
             f"none here ({str(error).splitlines()[0]}). Choose `gradient_checkpointing` or `sequence_window` yourself."

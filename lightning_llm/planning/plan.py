@@ -142,8 +142,7 @@ def make_plan(
     """Find the fastest way to train rows of a length in a memory.
 
     No weight is allocated: the step runs on tensors without data, at three lengths for each way. Needs of windows
-    between the smallest and the largest are taken from these two, on the straight line, which lies above what they
-    take.
+    between the smallest and the largest are taken from these two, on the straight line, which lies above.
 
     Args:
         model: A causal language model, best on the meta device; it is not changed.
@@ -158,6 +157,7 @@ def make_plan(
         ValueError: If ``length`` or ``memory`` is not positive, or the model cannot be run without data.
 
     Example:
+        >>> import torch
         >>> from transformers import AutoModelForCausalLM, GPT2Config
         >>> with torch.device("meta"):
         ...     model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=32, n_embd=8, n_layer=1, n_head=2))
@@ -177,7 +177,7 @@ def make_plan(
                 _option(model, step, length, way) for way in _WHOLE if with_logits or way.loss_kernel == "chunked"
             ]
             windowed, note = _windowed_options(model, step, length, windows)
-    except (NotImplementedError, RuntimeError) as error:
+    except RuntimeError as error:
         raise ValueError(
             f"{type(base_model(model)).__name__} cannot be planned: its code looks at values of tensors, which have "
             f"none here ({str(error).splitlines()[0]}). Choose `gradient_checkpointing` or `sequence_window` yourself."
@@ -220,6 +220,8 @@ def _reason(length: int, memory: float, options: Sequence[Option], chosen: Optio
         need = format_size(least.need.total)
         return f"nothing fits: rows of {length} tokens need {need} or more ({least.way.name}) {of}. {most}"
     before = options[: options.index(chosen)]
+    named = [option for option in before if option.way.window is None]
+    named += [option for option in before if option.way.window and not option.way.offload][-1:]
     need = format_size(chosen.need.total)
     if not before:
         return f"{chosen.way.name}: it needs {need} {of}, and nothing is faster"
@@ -231,7 +233,7 @@ def _reason(length: int, memory: float, options: Sequence[Option], chosen: Optio
         return text
     return (
         f"{chosen.way.name}: needs {need}; "
-        + ", ".join(f"{option.way.name} {format_size(option.need.total)}" for option in before[-2:])
+        + ", ".join(f"{option.way.name} {format_size(option.need.total)}" for option in named)
         + f" {of}"
     )
 

@@ -14,7 +14,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lightning_llm import chunked_loss, head_loss
 from lightning_llm.chunked_loss import LogitMap
-from lightning_llm.loss import token_cross_entropy
 from lightning_llm.planning.live_memory import LiveMemory
 from lightning_llm.sequence_windows import head as window_head
 from lightning_llm.sequence_windows.attention import WINDOWED_ATTENTION
@@ -117,6 +116,7 @@ class _Watch:
         self.passes: Any = None
 
     def keys_and_values(self) -> int:
+        """Bytes of keys, values and their gradients."""
         if self.passes is None:
             return 0
         stores = [
@@ -177,7 +177,7 @@ def _loss(model: nn.Module, ids: Tensor, of_head: Any) -> Tensor:
     inputs = {"input_ids": ids, "use_cache": False}
     total = None if of_head is None else head_loss.call_head(model, inputs, of_head.of_labels)
     if total is None:
-        total = token_cross_entropy(model(**inputs).logits, ids).total
+        total = _LogitsLossMemory.apply(model(**inputs).logits)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -203,6 +203,7 @@ class _WindowsRun:
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def aliases(self) -> dict[str, Tensor]:
+        """As there; gradients are marked as such."""
         aliases = {name: p.detach().requires_grad_() for name, p in self.trained.items()}
         for alias in aliases.values():
             if alias.dtype.itemsize < 4:
@@ -211,10 +212,12 @@ class _WindowsRun:
         return aliases
 
     def passes(self, aliases: dict[str, Tensor]) -> Passes:
+        """As there."""
         self.watch.passes = Passes(self.model, self.sequence, self.head, keep=1, parameters=aliases)
         return self.watch.passes  # type: ignore[no-any-return]
 
     def collect(self, losses: list[Tensor]) -> Tensor:
+        """As there."""
         return torch.stack(losses).sum()
 
     def _mark(self, alias: Tensor) -> None:
@@ -229,6 +232,7 @@ class _ChunkedLoss:
         self._memory = memory
 
     def of_labels(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, logits: LogitMap) -> Tensor:
+        """As :func:`~lightning_llm.head_loss.call_head` wants it."""
         total: Tensor = _ChunkedLossMemory.apply(hidden, weight, self._memory)  # type: ignore[no-untyped-call]
         return total
 
@@ -243,6 +247,7 @@ class _ChunkedLossMemory(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, memory: LiveMemory) -> Tensor:
+        """Make the gradients."""
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         of_hidden = of_weight = None
         if ctx.needs_input_grad[1]:
@@ -261,11 +266,28 @@ class _ChunkedLossMemory(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Give them away."""
         gradients, ctx.gradients = ctx.gradients, None
         of_both = [
             None if g is None else g.mul_(grad).to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
         return (*of_both, None)
+
+
+class _LogitsLossMemory(torch.autograd.Function):
+    """The tensors of ``token_cross_entropy`` that have the size of the logits: these, and their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        """Keep the logits."""
+        ctx.save_for_backward(logits)
+        return torch.empty(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """Make a gradient of the same size."""
+        (logits,) = ctx.saved_tensors
+        return torch.empty_like(logits)
 
 
 # ---- around the step -------------------------------------------------------------------------------------------------
@@ -320,11 +342,13 @@ class _MaskMemory(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, mask: Tensor) -> Tensor:
+        """The states, unchanged."""
         ctx.save_for_backward(mask)
         return states.view_as(states)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """The gradient, unchanged."""
         return grad, None
 
 

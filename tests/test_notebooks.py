@@ -27,6 +27,15 @@ SMALL = {
         "validation_fraction": 0.1,
         "num_rows": 20_000,
     },
+    "05_long_sequences": {
+        "max_steps": 4,
+        "vocab_size": 300,
+        "max_length": 64,
+        "window": 16,
+        "hidden_size": 32,
+        "lengths": [64, 128],
+        "measured_vocab_size": 300,
+    },
 }
 WRITTEN = {"01_quickstart": "huggingface/last/model.safetensors"}
 

@@ -60,7 +60,7 @@ def test_the_fastest_way_that_fits_is_chosen_and_the_reason_names_it(memory, nam
     assert plan.chosen.name == name
     assert plan.reason.startswith(name)
     assert "\n" not in plan.reason
-    assert " <-" in next(line for line in str(plan).splitlines() if line.startswith(name.ljust(26)))
+    assert " <-" in next(line for line in str(plan).splitlines() if line.startswith(name.ljust(30)))
 
 
 def test_where_nothing_fits_the_least_need_and_the_longest_row_are_named():

@@ -106,12 +106,12 @@ class Plan:
     def __str__(self) -> str:
         """The table, and the choice."""
         room = self.memory * (1 - MARGIN)
-        lines = [f"{'':<26}{'memory':>10}{'host':>10}{'time':>7}{'longest row':>14}   fits"]
+        lines = [f"{'':<30}{'memory':>10}{'host':>10}{'time':>7}{'longest row':>14}   fits"]
         for option in self.options:
             longest = option.longest(room)
             fits = option.need.total <= room
             lines.append(
-                f"{option.way.name:<26}{format_size(option.need.total):>10}"
+                f"{option.way.name:<30}{format_size(option.need.total):>10}"
                 f"{format_size(option.need.host) if option.need.host else '-':>10}{option.time:>7.2f}"
                 f"{longest:>14}   {'yes' if fits else 'no'}"
                 f"{' <-' if option.way == self.chosen else ''}"
@@ -121,9 +121,9 @@ class Plan:
     def parts(self) -> str:
         """What each way's memory consists of, as a table."""
         names = [field.name for field in fields(Need) if field.name != "host"]
-        lines = [f"{'':<26}" + "".join(f"{name.replace('_', ' '):>17}" for name in names)]
+        lines = [f"{'':<30}" + "".join(f"{name.replace('_', ' '):>17}" for name in names)]
         lines += [
-            f"{option.way.name:<26}" + "".join(f"{format_size(getattr(option.need, name)):>17}" for name in names)
+            f"{option.way.name:<30}" + "".join(f"{format_size(getattr(option.need, name)):>17}" for name in names)
             for option in self.options
         ]
         return "\n".join(lines)

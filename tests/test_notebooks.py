@@ -33,7 +33,7 @@ SMALL = {
         "max_length": 64,
         "window": 16,
         "hidden_size": 32,
-        "lengths": [64, 128],
+        "lengths": [128],
         "measured_vocab_size": 300,
     },
 }

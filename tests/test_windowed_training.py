@@ -64,7 +64,7 @@ def test_float16_makes_its_gradient_in_backward_where_the_loss_is_scaled(monkeyp
     assert forms == (["backward"] * 2 if dtype == torch.float16 else ["forward"] * 2)
 
 
-@pytest.mark.parametrize("window", [0, -1, 2.5, True, "auto"])
+@pytest.mark.parametrize("window", [0, -1, 2.5, True])
 def test_a_window_that_is_no_number_of_tokens_is_refused(window):
     with pytest.raises(
         ValueError, match=f"`sequence_window` must be a number of tokens, at least 1, but got {window!r}"

@@ -175,11 +175,8 @@ def _gradients(
 
 
 def _seen(window: Window, sliding_window: int | None) -> slice:
-    """The keys that some query of a chunk may see: from its first document on, and no further back than it slides."""
-    first = min(segment.first_key for segment in window.segments)
-    if sliding_window is not None:
-        first = max(first, window.begin - sliding_window + 1)
-    return slice(first, window.end)
+    """The keys that some query of a chunk may see."""
+    return slice(window.first_key(sliding_window), window.end)
 
 
 @contextmanager

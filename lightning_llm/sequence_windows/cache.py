@@ -16,7 +16,7 @@ from transformers import Cache, DynamicCache, PretrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from lightning_llm.host_memory import Transfers
-from lightning_llm.sequence_windows.attention import UnsupportedModelError
+from lightning_llm.sequence_windows.attention import UnsupportedModelError, in_autocast_type
 from lightning_llm.sequence_windows.layout import Window
 from lightning_llm.sequence_windows.linear_states import LinearStateLayer
 from lightning_llm.sequence_windows.offload import DeviceCopies, HostStore, Past, Span
@@ -115,9 +115,8 @@ class KeyValueLayer(CacheLayerMixin):
 
     def __init__(self, cache: WindowCache, sliding_window: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._cache: WindowCache = proxy(
-            cache
-        )  # no cycle: keys and values go with the cache, not with the next collection
+        # No cycle: keys and values go with the cache, not with the next garbage collection.
+        self._cache: WindowCache = proxy(cache)
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window is not None
         self.is_initialized = True
@@ -136,10 +135,7 @@ class KeyValueLayer(CacheLayerMixin):
 
     def span(self, window: Window) -> Span:
         """What a window sees: from its earliest document, or the first token in reach of a sliding window."""
-        first = window.first_key
-        if self.sliding_window is not None:
-            first = max(first, window.begin - self.sliding_window + 1)
-        return Span(first, window.begin, window.end)
+        return Span(window.first_key(self.sliding_window), window.begin, window.end)
 
     def past(self) -> Past | None:
         """Where to get the past, if ``update`` does not return it."""
@@ -157,10 +153,7 @@ class KeyValueLayer(CacheLayerMixin):
     def _received(self, *states: Tensor) -> tuple[Tensor, ...]:
         """In autocast's type: cast once, and not the past every time."""
         self.updated_in = self._cache.window.index
-        kind = states[0].device.type
-        if not torch.is_autocast_enabled(kind) or states[0].dtype == torch.float64:
-            return states
-        return tuple(x.to(torch.get_autocast_dtype(kind)) for x in states)
+        return in_autocast_type(*states)
 
     def get_seq_length(self) -> int:
         """Tokens before the present window."""

@@ -45,9 +45,22 @@ class Window:
     end: int
     segments: tuple[Segment, ...]
 
+    def first_key(self, sliding_window: int | None = None) -> int:
+        """Position of the first key that any of its tokens may see.
+
+        Args:
+            sliding_window: Number of keys that a token sees at most, itself among them; None for no limit.
+
+        Example:
+            >>> make_windows([0, 4, 8], None)[1].first_key(3)
+            2
+        """
+        if sliding_window is None:
+            return self._first_document
+        return max(self._first_document, self.begin - sliding_window + 1)
+
     @cached_property
-    def first_key(self) -> int:
-        """Position of the first key that any of its tokens may see."""
+    def _first_document(self) -> int:
         return min(segment.first_key for segment in self.segments)
 
 

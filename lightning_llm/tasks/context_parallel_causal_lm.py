@@ -30,7 +30,7 @@ class ContextParallelCausalLM(CausalLM):
         ValueError: For another kernel.
     """
 
-    def __init__(self, loss_kernel: LossKernel = "plain") -> None:
+    def __init__(self, loss_kernel: LossKernel = "chunked") -> None:
         if loss_kernel not in ("plain", "chunked"):
             raise ValueError(
                 f"`context_parallel=True` goes with loss_kernel 'plain' or 'chunked', not {loss_kernel!r}."

@@ -43,10 +43,11 @@ def training_flops_per_token(model: nn.Module, seq_len: int) -> float | None:
     if not (layers and heads and hidden) or num_experts > 1:
         return None
     head_dim = getattr(config, "head_dim", None) or hidden // heads
-    return _matrix_flops(model) + 12.0 * float(layers * heads * head_dim * seq_len)
+    return matrix_flops(model) + 12.0 * float(layers * heads * head_dim * seq_len)
 
 
-def _matrix_flops(model: nn.Module) -> float:
+def matrix_flops(model: nn.Module) -> float:
+    """FLOPs of forward and backward for one token in matrix products: 6 for each weight, 4 where it is frozen."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     matrices = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in tables]
     find_head: Any = getattr(model, "get_output_embeddings", None)

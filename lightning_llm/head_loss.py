@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_llm.chunked_loss import LogitMap, LossOptions, chunked_cross_entropy, chunked_token_nll
+from lightning_llm.chunked_loss import chunked_cross_entropy, chunked_token_nll
+from lightning_llm.logit_tiles import LogitMap, LossOptions
 from lightning_llm.loss import IGNORE_INDEX, TokenLoss, shift_labels, token_cross_entropy, token_nll
 
 LossKernel = Literal["chunked", "liger", "cce", "plain"]
@@ -152,6 +153,22 @@ def call_head(model: nn.Module, inputs: Mapping[str, Any], of_head: HeadFunction
     finally:
         handle.remove()
     return result
+
+
+def known_logit_map(head: nn.Module) -> LogitMap | None:
+    """What a model does to the output of its head, if that has been measured and is such a map."""
+    found = _MEASURED.get(head)
+    return found if isinstance(found, LogitMap) else None
+
+
+def assume_logit_map(head: nn.Module, logit_map: LogitMap) -> None:
+    """Say what a model does to the output of its head, so that it is not measured.
+
+    Args:
+        head: The model's output head.
+        logit_map: From the head's output to logits.
+    """
+    _MEASURED[head] = logit_map
 
 
 @contextmanager

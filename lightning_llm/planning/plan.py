@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_llm.flops import _matrix_flops
+from lightning_llm.flops import matrix_flops
 from lightning_llm.planning.live_memory import hollow_copy
 from lightning_llm.planning.memory_size import format_size
 from lightning_llm.planning.simulation import Need, Step, simulate
@@ -306,7 +306,7 @@ def _time(model: nn.Module, length: int, way: Way) -> float:
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     attention = 12.0 * config.num_hidden_layers * heads * head_dim * length
-    total = _matrix_flops(model) + attention
+    total = matrix_flops(model) + attention
     find: Any = base_model(model).get_output_embeddings
     head = find()
     matrices = sum(p.numel() for p in base_model(model).parameters() if p.ndim >= 2)

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from lightning_llm import chunked_loss, head_loss
-from lightning_llm.chunked_loss import LogitMap
+from lightning_llm.head_loss import assume_logit_map, call_head
+from lightning_llm.logit_tiles import LogitMap, held_dtype, held_like, tile_side
 from lightning_llm.planning.live_memory import LiveMemory
-from lightning_llm.sequence_windows import head as window_head
-from lightning_llm.sequence_windows.attention import WINDOWED_ATTENTION
+from lightning_llm.sequence_windows.attention import WINDOWED_ATTENTION, check_mask_function
 from lightning_llm.sequence_windows.head import Head, base_model
 from lightning_llm.sequence_windows.layout import make_windows, window_edges
 from lightning_llm.sequence_windows.nodes import GradientInForward
@@ -175,7 +174,7 @@ def _outermost(model: nn.Module) -> int:
 
 def _loss(model: nn.Module, ids: Tensor, of_head: Any) -> Tensor:
     inputs = {"input_ids": ids, "use_cache": False}
-    total = None if of_head is None else head_loss.call_head(model, inputs, of_head.of_labels)
+    total = None if of_head is None else call_head(model, inputs, of_head.of_labels)
     if total is None:
         total = _LogitsLossMemory.apply(model(**inputs).logits)  # type: ignore[no-untyped-call]
     return total
@@ -243,7 +242,7 @@ class _ChunkedLoss:
 
 
 class _ChunkedLossMemory(torch.autograd.Function):
-    """The tensors of ``chunked_loss._SummedLoss``, as long as they live there."""
+    """The tensors of ``chunked_cross_entropy``, as long as they live there."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, memory: LiveMemory) -> Tensor:
@@ -251,16 +250,16 @@ class _ChunkedLossMemory(torch.autograd.Function):
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         of_hidden = of_weight = None
         if ctx.needs_input_grad[1]:
-            of_weight = chunked_loss._held_like(weight)
+            of_weight = held_like(weight)
             memory.mark(of_weight, "gradients")
         if ctx.needs_input_grad[0]:
             of_hidden = torch.empty(hidden.shape, dtype=dtype)
             memory.mark(of_hidden, "loss")
-        side = chunked_loss._tile_side(weight)
+        side = tile_side(weight)
         tiles = torch.empty(2 * side * side + 3 * side * weight.shape[1], dtype=dtype)
         memory.mark(tiles, "loss")
         del tiles
-        ctx.gradients = (None if of_hidden is None else of_hidden.to(chunked_loss._held_dtype(hidden)), of_weight)
+        ctx.gradients = (None if of_hidden is None else of_hidden.to(held_dtype(hidden)), of_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
         return torch.empty((), dtype=dtype)
 
@@ -298,8 +297,7 @@ def _know_head(model: nn.Module) -> None:
     find: Any = base_model(model).get_output_embeddings
     head = find()
     if head is not None:
-        head_loss._MEASURED[head] = LogitMap()
-        window_head._TRIED.add(head)
+        assume_logit_map(head, LogitMap())
 
 
 @contextmanager
@@ -320,8 +318,9 @@ def _prepared(model: nn.Module, memory: LiveMemory, watch: _Watch, *, checkpoint
     before = config._attn_implementation
     if before != "eager":
         config._attn_implementation = _ATTENTION
-    masks = AttentionMaskInterface._global_mapping
-    check = masks.pop(WINDOWED_ATTENTION)  # it compares masks, which have no data here
+    AttentionMaskInterface.register(
+        WINDOWED_ATTENTION, _no_mask
+    )  # the usual one compares masks, which have no data here
     if checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
@@ -329,12 +328,16 @@ def _prepared(model: nn.Module, memory: LiveMemory, watch: _Watch, *, checkpoint
         yield
     finally:
         config._attn_implementation = before
-        masks[WINDOWED_ATTENTION] = check
+        AttentionMaskInterface.register(WINDOWED_ATTENTION, check_mask_function)
         if checkpointing:
             base.gradient_checkpointing_disable()
         for handle in handles:
             handle.remove()
         model.zero_grad(set_to_none=True)
+
+
+def _no_mask(**kwargs: Any) -> None:
+    """What a model asks for is not looked at."""
 
 
 class _MaskMemory(torch.autograd.Function):

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
-from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_llm.chunked_loss import LogitMap, chunked_cross_entropy, chunked_token_nll
-from lightning_llm.head_loss import call_head
+from lightning_llm.chunked_loss import chunked_cross_entropy, chunked_token_nll
+from lightning_llm.head_loss import call_head, known_logit_map
+from lightning_llm.logit_tiles import LogitMap
 from lightning_llm.loss import IGNORE_INDEX
 from lightning_llm.sequence_windows.random_states import RandomState
 
@@ -39,7 +39,6 @@ class HeadLoss(Protocol):
 
 
 WindowLoss = Literal["chunked", "plain"] | HeadLoss
-_TRIED: WeakSet[nn.Module] = WeakSet()
 
 
 class Head:
@@ -64,14 +63,13 @@ class Head:
 
     def measure(self, model: nn.Module, input_ids: Tensor) -> None:
         """Find out once, with a few tokens and the model's own attention, what it does to its head's output."""
-        if self._kernel == "plain" or self._module in _TRIED:
+        if self._kernel == "plain" or known_logit_map(self._module) is not None:
             return
         with torch.no_grad(), RandomState(input_ids.device).replayed():
             inputs = {"input_ids": input_ids[:1, :8], "use_cache": False}
             is_possible = call_head(model, inputs, lambda hidden, *_: hidden[..., :1]) is not None
         if not is_possible and callable(self._kernel):
             raise ValueError("`loss_kernel` is a function of hidden states, which this model's head does not allow.")
-        _TRIED.add(self._module)
 
     def loss(self, model: nn.Module, inputs: Mapping[str, Any], targets: Tensor) -> Tensor:
         """Run the model on a window, and return the loss of its targets (batch, window)."""

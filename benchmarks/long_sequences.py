@@ -30,20 +30,19 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers
+from process_memory import memory_bytes, reset_peak
 from torch import Tensor
 
 from lightning_llm import windowed_loss
 from lightning_llm.head_loss import causal_lm_loss
 
 MIB, GIB = 1 << 20, 1 << 30
-WAYS = ("plain", "checkpointing", "windowed")
 CASES = {
     "plain": ("plain", "transformers"),
     "plain, chunked loss": ("plain", "chunked"),
@@ -115,22 +114,6 @@ def measure(case: str, length: int, options: argparse.Namespace) -> dict[str, fl
     gradients = [p.grad.double().norm() for p in model.parameters() if p.grad is not None]
     norm = torch.stack(gradients).norm().item()
     return {"peak": peak - before, "process": peak, "seconds": seconds, "loss": loss.item(), "norm": norm}
-
-
-def memory_bytes(device: torch.device, key: str) -> int:
-    """Memory in use (``VmRSS``) or its high-water mark (``VmHWM``)."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated() if key == "VmRSS" else torch.cuda.max_memory_allocated()
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-
-def reset_peak(device: torch.device) -> None:
-    """Start a new high-water mark."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 def in_own_process(case: str, length: int, limit: float | None = None) -> dict[str, float] | None:

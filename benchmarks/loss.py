@@ -22,10 +22,10 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from process_memory import memory_bytes, reset_peak
 from torch import Tensor
 
 from lightning_llm.chunked_loss import chunked_cross_entropy, chunked_token_nll
@@ -89,29 +89,13 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
 
     small = torch.zeros(1, 2, 8, device=device, dtype=dtype, requires_grad=True)
     loss_of(small, torch.zeros(4, 8, device=device, dtype=dtype).requires_grad_(learns), labels[:1, :2] % 4).backward()
-    before = resident_bytes(device, "VmRSS")
+    before = memory_bytes(device, "VmRSS")
     reset_peak(device)
     times = [step()]
-    peak = resident_bytes(device, "VmHWM") - before
+    peak = memory_bytes(device, "VmHWM") - before
     times += [step() for _ in range(options.repeat - 1)]
     gradients = sum(tensor.numel() * tensor.element_size() for tensor in (hidden, weight) if tensor.requires_grad)
     return {"seconds": statistics.median(times), "peak": peak, "gradients": gradients}
-
-
-def resident_bytes(device: torch.device, key: str) -> int:
-    """Memory in use (``VmRSS``) or its high-water mark (``VmHWM``)."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated() if key == "VmRSS" else torch.cuda.max_memory_allocated()
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-
-def reset_peak(device: torch.device) -> None:
-    """Start a new high-water mark."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 def in_own_process(name: str) -> dict[str, float]:

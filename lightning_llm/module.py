@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
@@ -17,10 +17,10 @@ from lightning_llm.activation_offload import ActivationOffload, warn_if_on_host
 from lightning_llm.compatibility import check_length, check_vocabulary
 from lightning_llm.context_parallel.mesh import mesh_of_all_ranks, sharing_group
 from lightning_llm.duration import Duration
-from lightning_llm.isolation import PackingLeakError, check_mask, verify_packing
 from lightning_llm.loss import NonFiniteLossError, TokenLoss
 from lightning_llm.optimizers import make_adamw, make_schedule
 from lightning_llm.packed_attention import use_packed_attention
+from lightning_llm.packing_guard import PackingGuard
 from lightning_llm.parallel import data_parallel_size
 from lightning_llm.planning.of_module import plan_of_trainer, plan_source
 from lightning_llm.planning.plan import Plan
@@ -31,7 +31,6 @@ from lightning_llm.step_window import MicroBatch, StepWindow
 from lightning_llm.tasks.choice import choose_task
 from lightning_llm.tasks.context_parallel_causal_lm import ContextParallelCausalLM
 from lightning_llm.tasks.windowed_causal_lm import WindowedCausalLM
-from lightning_llm.unpacking import unpack_documents
 
 
 class LLMModule(L.LightningModule):
@@ -118,8 +117,7 @@ class LLMModule(L.LightningModule):
                 "`model` is missing. A checkpoint of a model that was passed in built (a PeftModel, say) does not "
                 "hold its architecture: LLMModule.load_from_checkpoint(path, model=the same model, built again)."
             )
-        if leaking_packs not in ("refuse", "unpack"):
-            raise ValueError(f"`leaking_packs` must be 'refuse' or 'unpack', but got {leaking_packs!r}.")
+        self._packing = PackingGuard(leaking_packs)
         if sequence_window == "auto" and gradient_checkpointing:
             raise ValueError(
                 "`sequence_window='auto'` chooses checkpointing itself: leave `gradient_checkpointing` out."
@@ -144,16 +142,12 @@ class LLMModule(L.LightningModule):
         self.attn_implementation = attn_implementation
         self.dtype_name = dtype
         self.trust_remote_code = trust_remote_code
-        self.leaking_packs = leaking_packs
         self.val_metrics = self.task.metrics()
         self.test_metrics = self.task.metrics()
         self._sources: tuple[str, ...] = ()
         self.tokens_seen = 0
         self._micro_batch: MicroBatch | None = None
         self._window = StepWindow()
-        self._isolation_checked = False
-        self._masks_checked = False
-        self._unpacks = False
         self._prepared = False
 
     # ---- windows along the sequence, which DynamicBatchScaler may shorten ------------------------------------------
@@ -469,35 +463,10 @@ class LLMModule(L.LightningModule):
         by_name = getattr(datamodule, "windowing", None) in ("packed", "wrapped")
         if getattr(datamodule, "packs_documents", by_name):
             with self.trainer.precision_plugin.forward_context():
-                self._check_isolation()
-
-    def _check_isolation(self) -> None:
-        if not self._isolation_checked:
-            self._refuse_or_unpack(lambda: verify_packing(self._built(), self.task.outputs, device=self.device))
-            self._isolation_checked = True
+                self._packing.check_model(self._built(), self.task.outputs, self.device)
 
     def _isolated(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The batch as the model may see it; the first packed batch, of whatever loader, has the model checked."""
-        if batch.get("position_ids") is None:
-            return batch
-        if batch.get("attention_mask") is None:
-            self._check_isolation()
-        elif not self._masks_checked or self.device.type == "cpu":  # elsewhere the host would wait for the device
-            self._refuse_or_unpack(lambda: check_mask(batch))
-            self._masks_checked = True
-        return unpack_documents(batch) if self._unpacks else batch
-
-    def _refuse_or_unpack(self, check: Callable[[], object]) -> None:
-        try:
-            check()
-        except PackingLeakError as leak:
-            if self.leaking_packs == "refuse":
-                raise
-            self._unpacks = True
-            rank_zero_warn(
-                f"leaking_packs='unpack': each document becomes a row of its own, padded to the longest of its batch. "
-                f"Losses are those of separate documents; memory and time grow with the padding. The reason: {leak}"
-            )
+        return self._packing.isolated(batch, self._built(), self.task.outputs, self.device)
 
     def _follow_plan(self) -> None:
         """Train as the plan for this run says; once chosen, it stays so."""

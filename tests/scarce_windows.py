@@ -27,16 +27,25 @@ def batches(steps=STEPS, rows=ROWS, seed=0):
 
 
 class GlobalBatches:
-    """A plain iterable, so that Lightning puts no sampler in."""
+    """A plain iterable, so that Lightning puts no sampler in; a resumed run goes on at its place."""
 
     def __init__(self, data):
-        self.data = data
+        self.data, self.num_given = data, 0
 
     def __iter__(self):
-        return iter(self.data)
+        for batch in self.data[self.num_given :]:
+            self.num_given += 1
+            yield batch
+        self.num_given = 0
 
     def __len__(self):
         return len(self.data)
+
+    def state_dict(self):
+        return {"num_given": self.num_given}
+
+    def load_state_dict(self, state):
+        self.num_given = state["num_given"]
 
 
 class _FailInBackward(torch.autograd.Function):

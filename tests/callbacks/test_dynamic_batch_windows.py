@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from scarce_windows import LENGTH, GlobalBatches, ScarceInWindows, batches, big_batch_loop, train, weights_of
 from windowed_models import full_float64
 
@@ -63,22 +64,21 @@ def test_a_row_that_does_not_fit_in_the_shortest_windows_is_an_error_that_says_s
         train(quiet_trainer, module, DynamicBatchScaler())
 
 
-def test_a_resumed_run_begins_with_the_window_that_fitted(quiet_trainer, tmp_path):
-    """And ends like the resumed run that never met an error."""
-    ends = []
-    for limit, window in ((None, 32), (10, 8)):
-        module = ScarceInWindows(where="backward", limit=limit)
-        trainer = train(quiet_trainer, module, DynamicBatchScaler(), data=batches()[:2], max_steps=-1, max_epochs=1)
-        trainer.save_checkpoint(tmp_path / "half.ckpt")
-        resumed = ScarceInWindows(where="backward", limit=limit)
-        assert resumed.sequence_window == 32
-        options = {"ckpt_path": tmp_path / "half.ckpt", "data": batches()[2:], "max_epochs": 3}
-        trainer = train(quiet_trainer, resumed, DynamicBatchScaler(), **options)
-        assert trainer.global_step == 4
-        assert resumed.num_failed == 0
-        assert resumed.sequence_window == window
-        ends.append(resumed)
-    assert difference(ends[1], weights_of(ends[0])) < EXACT
+def test_a_resumed_run_begins_with_the_window_that_fitted_and_ends_like_one_without_a_stop(
+    quiet_trainer, tmp_path, truth
+):
+    saved = ModelCheckpoint(tmp_path, "half", every_n_train_steps=2)
+    module = ScarceInWindows(where="backward", limit=10)
+    options = {"callbacks": [saved], "max_steps": 2, "enable_checkpointing": True}
+    train(quiet_trainer, module, DynamicBatchScaler(), **options)
+    assert module.sequence_window == 8
+    resumed = ScarceInWindows(where="backward", limit=10)
+    assert resumed.sequence_window == 32
+    trainer = train(quiet_trainer, resumed, DynamicBatchScaler(), ckpt_path=tmp_path / "half.ckpt")
+    assert trainer.global_step == 4
+    assert resumed.num_failed == 0
+    assert resumed.sequence_window == 8
+    assert difference(resumed, truth) < EXACT
 
 
 def test_a_batch_that_cannot_be_cut_is_run_in_shorter_windows(quiet_trainer, truth):

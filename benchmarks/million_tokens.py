@@ -91,8 +91,7 @@ def make_model(options: argparse.Namespace) -> Any:
 def loss_of(model: Any, ids: Tensor, options: argparse.Namespace, way: str) -> Tensor:
     """Mean loss of a row."""
     if way == "windowed":
-        more = {"offload": True} if options.offload else {}
-        return windowed_loss(model, ids, ids, window=options.window, **more).mean
+        return windowed_loss(model, ids, ids, window=options.window, offload=options.offload).mean
     return causal_lm_loss(model, {"input_ids": ids, "use_cache": False}, ids, loss_kernel="chunked").mean
 
 

@@ -33,7 +33,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if command in TRAINER_COMMANDS:
         _run_trainer(None if args is None else arguments)
     elif command == "plan":
-        from lightning_llm.planning.command import run_plan
+        from lightning_llm.plan_command import run_plan
 
         run_plan(arguments[1:])
     elif command == "generate":

@@ -1,4 +1,4 @@
-"""Which way of training a row of a given length fits into memory, and which of these is the fastest."""
+"""Which ways of training a row of a given length fit into memory, and which of these is chosen."""
 
 from __future__ import annotations
 
@@ -90,7 +90,8 @@ class Plan:
     Attributes:
         length: Tokens in a row.
         memory: Bytes of the device.
-        options: All ways, fastest first.
+        options: All ways, in the order in which they are tried: plain, checkpointing, windows (the largest first), and
+            the same windows offloaded.
         chosen: The first that fits; None if none does.
         reason: The choice in one line.
         note: Why windows were left out, or empty.
@@ -139,7 +140,7 @@ def make_plan(
     offload: bool = True,
     with_logits: bool = True,
 ) -> Plan:
-    """Find the fastest way to train rows of a length in a memory.
+    """Find a way to train rows of a length in a memory: the first that fits.
 
     No weight is allocated: the step runs on tensors without data, at three lengths for each way. Needs of windows
     between the smallest and the largest are taken from these two, on the straight line, which lies above.
@@ -194,7 +195,7 @@ def choose(length: int, memory: float, options: Sequence[Option], note: str = ""
     Args:
         length: Tokens in a row.
         memory: Bytes of the device.
-        options: Fastest first; those with logits are shown, not chosen.
+        options: In the order in which they are tried; those with logits are shown, not chosen.
         note: Of the plan.
     """
     room = memory * (1 - MARGIN)

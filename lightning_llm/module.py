@@ -208,7 +208,9 @@ class LLMModule(L.LightningModule):
         offload: bool = True,
         with_logits: bool = True,
     ) -> Plan:
-        """Estimate the memory of training rows of a length in each way, and choose the fastest that fits.
+        """Estimate the memory of training rows of a length in each way, and choose the first that fits.
+
+        They are tried in this order: plain, checkpointing, windows, the largest first, and the same windows offloaded.
 
         No weight is loaded or allocated for it: the step runs on tensors that have no data. ``print(module.plan(...))``
         shows a table, ``.reason`` is the choice in one line, ``.parts()`` what the memory consists of.

@@ -1,4 +1,4 @@
-"""The choice of how to train a long sequence: what fits, what is fastest, why, and that training follows it."""
+"""The choice of how to train a long sequence: what fits, what is tried first, why, and that training follows it."""
 
 import os
 import subprocess
@@ -55,7 +55,7 @@ OPTIONS = [
         (25, "windows of 512, offloaded"),
     ],
 )
-def test_the_fastest_way_that_fits_is_chosen_and_the_reason_names_it(memory, name):
+def test_the_first_way_that_fits_is_chosen_and_the_reason_names_it(memory, name):
     plan = choose(1000, memory, OPTIONS)
     assert plan.chosen.name == name
     assert plan.reason.startswith(name)

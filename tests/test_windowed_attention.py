@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_llm.sequence_windows import kernels
+from lightning_llm.sequence_windows import attention, kernels
 from lightning_llm.sequence_windows.attention import attention_parts
 from lightning_llm.sequence_windows.kernels import ALL, CAUSAL, Scores, Visible
 from lightning_llm.sequence_windows.layout import document_starts, even_edges, make_windows, window_edges
@@ -119,3 +119,27 @@ def test_parts_of_a_window_are_the_pairs_of_causal_attention_within_documents(ro
             parts = attention_parts(window, first, sliding)
             mask = seen(parts, window.end - first, window.end - window.begin, 2)
             assert torch.equal(mask, truth[:, window.begin : window.end, first : window.end])
+
+
+@pytest.mark.parametrize("starts", [None, [[0, 7], [0]]], ids=["one document", "packed"])
+def test_a_long_past_that_goes_backward_in_blocks_has_the_same_gradient(monkeypatch, starts):
+    torch.manual_seed(0)
+    window = make_windows([0, 20, 24], starts)[1]
+    parts, scores = attention.attention_parts(window, 0, None), Scores(0.3)
+    query, grad_out = (torch.randn(2, 4, 4, 8, dtype=torch.float64) for _ in range(2))
+    key, value = (torch.randn(2, 2, 24, 8, dtype=torch.float64) for _ in range(2))
+    out, log_sum = attention.attend(query, key, value, scores, parts)
+    whole = attention.attend_backward(grad_out, query, key, value, out, log_sum, scores, parts)
+    sizes, backward = [], kernels.backward
+
+    def watched(grad, query, key, *rest):
+        sizes.append(key.shape[2])
+        return backward(grad, query, key, *rest)
+
+    monkeypatch.setattr(kernels, "backward", watched)
+    monkeypatch.setattr(attention, "_BACKWARD_KEYS", 3)
+    in_blocks = attention.attend_backward(grad_out, query, key, value, out, log_sum, scores, parts)
+    assert max(sizes) <= 4  # the window's own keys are not cut
+    assert sum(sizes) == sum(part.keys.stop - part.keys.start for part in parts)
+    for found, expected in zip(in_blocks, whole, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

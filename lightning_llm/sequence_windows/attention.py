@@ -23,6 +23,7 @@ from lightning_llm.sequence_windows.random_states import RandomState
 
 WINDOWED_ATTENTION = "lightning_llm_windowed"
 _WITHOUT_WINDOWS = "Train it without windows: `gradient_checkpointing=True` lowers memory, too."
+_BACKWARD_KEYS = 2048  # seen whole, that go backward at once
 # What transformers hands on to every attention function, and what changes nothing here.
 _HARMLESS_TENSORS = ("position_ids", "cache_position", "position_embeddings")
 
@@ -237,13 +238,26 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; ``out`` and ``log_sum`` are what :func:`attend` returned."""
     grad_query, grad_key, grad_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-    for rows, queries, keys, visible in parts:
+    for rows, queries, keys, visible in _in_blocks(parts, scores):
         g, q, o = grad_out[rows, :, queries], query[rows, :, queries], out[rows, :, queries]
         k, v = key[rows, :, keys], value[rows, :, keys]
         by_part = kernels.backward(g, q, k, v, o, log_sum[rows, :, queries], scores, visible)
         grad_query[rows, :, queries] += by_part[0]
         grad_key[rows, :, keys], grad_value[rows, :, keys] = by_part[1:]  # no key is in two parts
     return grad_query, grad_key, grad_value
+
+
+def _in_blocks(parts: list[Part], scores: Scores) -> Iterator[Part]:
+    """The same with a long past in blocks of keys: their gradients stand in memory once, not twice.
+
+    Dropout is drawn part by part, so that with it parts stay whole.
+    """
+    for part in parts:
+        if part.visible != ALL or scores.dropout:
+            yield part
+            continue
+        for begin in range(part.keys.start, part.keys.stop, _BACKWARD_KEYS):
+            yield part._replace(keys=slice(begin, min(begin + _BACKWARD_KEYS, part.keys.stop)))
 
 
 def _layer_of(module: nn.Module, place: Any, mask: Tensor | None, key: Tensor, kwargs: dict[str, Any]) -> Any:

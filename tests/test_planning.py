@@ -245,6 +245,16 @@ def test_auto_trains_plain_checkpointed_or_in_windows_as_memory_allows_with_the_
     assert loaded.hparams["sequence_window"] == "auto"
 
 
+def test_the_rank_with_the_least_memory_chooses_for_all(run_ranks, of_ways):
+    """Two ranks share a host, so each has half of what it sees; one sees enough for plain rows, the other does not."""
+    windows, plain = (2 * of_ways[way] / (1 - MARGIN) * 1.001 for way in (Way(window=256), Way()))
+    found = run_ranks("planned_ranks", 2, memories=[plain, windows])
+    assert found[0]["window"] == found[1]["window"] in (256, 512)
+    assert found[0]["weights"] == found[1]["weights"]
+    found = run_ranks("planned_ranks", 2, memories=[plain, plain])  # control
+    assert [result["window"] for result in found] == [None, None]
+
+
 def test_auto_turns_checkpointing_on(quiet_trainer, monkeypatch):
     wide = {**LLAMA, "num_key_value_heads": 4}
     monkeypatch.setitem(LLAMA, "num_key_value_heads", 4)

@@ -1,10 +1,15 @@
 """A row that does not fit is tried again in shorter windows along the sequence: weights are those without errors."""
 
+import json
 import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from scarce_windows import LENGTH, GlobalBatches, ScarceInWindows, batches, big_batch_loop, train, weights_of
 from windowed_models import full_float64
 
@@ -13,6 +18,7 @@ from lightning_llm.callbacks import DynamicBatchScaler
 from lightning_llm.tasks import windowed_causal_lm
 
 EXACT = 1e-12
+ROUNDING_FLOAT = torch.Tensor.float  # before tests replace it
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +52,43 @@ def test_shorter_windows_after_an_error_change_no_weight(quiet_trainer, truth, c
     told = [record.getMessage() for record in caplog.records if "the sequence window is" in record.getMessage()]
     assert len(told) == 2  # once per change
     assert told[-1].endswith("the sequence window is 8 tokens now, was 16.")
+
+
+class Scaler(torch.amp.GradScaler):
+    """As float16 has it; its kernel wants the factor in float32, whatever these tests do to ``Tensor.float``."""
+
+    def unscale_(self, optimizer):
+        patched, torch.Tensor.float = torch.Tensor.float, ROUNDING_FLOAT
+        try:
+            super().unscale_(optimizer)
+        finally:
+            torch.Tensor.float = patched
+
+
+@pytest.mark.parametrize("where", ["second pass", "backward"])
+def test_losses_scaled_for_float16_are_unscaled_whatever_the_windows(quiet_trainer, truth, where):
+    """A gradient scaler around float64, with the form of backward that serves it."""
+    plugin = MixedPrecision("16-mixed", "cpu", Scaler("cpu", init_scale=1024.0))
+    plugin.forward_context = plugin.train_step_context = torch.enable_grad
+    module, scaler = ScarceInWindows(where=where, limit=10, when="backward").double(), DynamicBatchScaler()
+    train(quiet_trainer, module, scaler, precision=None, plugins=[plugin])
+    assert difference(module, truth) < EXACT
+    assert module.num_failed > 0
+    assert module.sequence_window == 8
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of the address space are Linux's")
+def test_real_allocation_failures_shorten_windows_and_change_no_weight(tmp_path):
+    """A process whose address space is cut to little more than it has: torch's own allocator fails."""
+    worker = Path(__file__).parents[1] / "workers" / "address_space_windows.py"
+    command = [sys.executable, str(worker), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["fails without"]  # control: the scaler is what makes it pass
+    assert result["failed"] >= 1
+    assert 64 <= result["window"] < result["first window"]
+    assert result["difference"] < EXACT
 
 
 def test_rows_are_cut_before_windows(quiet_trainer, truth):

@@ -65,7 +65,8 @@ class TextDataModule(ResumableDataModule):
         micro_batch_tokens: For ``padded`` and ``padding_free``: tokens in a training batch of one rank, padding
             included.
         global_batch_size: Rows in an optimizer step over all ranks, or a schedule of them: ``{"0 samples": 32, "2M
-            tokens": 64}``. The loader cuts a step into as many micro-batches as the Trainer accumulates.
+            tokens": 64}``, or the name of a ramp (:mod:`lightning_llm.ramps`). The loader cuts a step into as many
+            micro-batches as the Trainer accumulates.
         global_batch_tokens: Likewise in label tokens.
         eval_micro_batch_size: Rows in a validation, test or predict batch of one rank; ``micro_batch_size`` if None.
         stride: For ``windows`` and ``packed``: new tokens in each window of a long document; the others are context
@@ -107,8 +108,8 @@ class TextDataModule(ResumableDataModule):
         batching: Batching = "rows",
         micro_batch_size: int = 8,
         micro_batch_tokens: int | None = None,
-        global_batch_size: int | dict[str, float] | Schedule | None = None,
-        global_batch_tokens: int | dict[str, float] | Schedule | None = None,
+        global_batch_size: int | dict[str, float] | Schedule | str | None = None,
+        global_batch_tokens: int | dict[str, float] | Schedule | str | None = None,
         eval_micro_batch_size: int | None = None,
         stride: int | None = None,
         eval_windowing: Windowing | None = None,

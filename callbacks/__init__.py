@@ -1,6 +1,7 @@
 """Callbacks for any LightningModule; importing them imports neither transformers nor datasets."""
 
 from lightning_llm.callbacks.accumulation_schedule import AccumulationSchedule
+from lightning_llm.callbacks.adaptive_accumulation import AdaptiveAccumulation
 from lightning_llm.callbacks.dynamic_batch_scaler import DynamicBatchScaler
 from lightning_llm.callbacks.huggingface_checkpoint import HuggingFaceCheckpoint
 from lightning_llm.callbacks.learning_rate_scaling import LearningRateScaling
@@ -11,6 +12,7 @@ from lightning_llm.callbacks.training_report import TrainingReport
 
 __all__ = [
     "AccumulationSchedule",
+    "AdaptiveAccumulation",
     "CannotSplit",
     "DynamicBatchScaler",
     "HuggingFaceCheckpoint",

@@ -1,44 +1,24 @@
-"""How many micro-batches an optimizer step holds, by schedule, changed inside an epoch without a wrong gradient."""
+"""How many micro-batches an optimizer step holds, by schedule."""
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import lightning as L
-import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 
-from lightning_llm.callbacks.accumulation_window import AccumulationWindow, WindowStart, is_cut_stream, seed_window
-from lightning_llm.callbacks.counting import num_label_tokens, num_samples
-from lightning_llm.callbacks.gradients import scale_gradients
-from lightning_llm.parallel import data_parallel_rank, data_parallel_size
+from lightning_llm.callbacks.batch_content import Target, micro_batches_for
+from lightning_llm.callbacks.exact_windows import ExactWindows
+from lightning_llm.parallel import data_parallel_size
+from lightning_llm.ramps import as_schedule
 from lightning_llm.schedule import Interpolation, Progress, Schedule
 
-Target = Literal["micro_batches", "sequences", "tokens"]
-
-_MEMORY = 0.9  # of the mean content of a micro-batch: how much of it the next window keeps
+__all__ = ["AccumulationSchedule", "micro_batches_for"]
 
 
-def micro_batches_for(target: float, content: float) -> int:
-    """Micro-batches that come nearest to a global batch, one at least.
-
-    Args:
-        target: Sequences or tokens wanted in an optimizer step, over all ranks.
-        content: Sequences or tokens in a micro-batch, over all ranks.
-
-    Example:
-        >>> micro_batches_for(target=100, content=16)
-        6
-    """
-    return max(1, round(target / max(content, 1e-9)))
-
-
-class AccumulationSchedule(L.Callback):
+class AccumulationSchedule(ExactWindows):
     """Set how many micro-batches an optimizer step holds: a number, milestones, or a ramp.
 
     Each step holds exactly the micro-batches asked for, also where the number changes inside an epoch; an epoch's
@@ -49,7 +29,8 @@ class AccumulationSchedule(L.Callback):
 
     Args:
         milestones: From when to the value from then on, as in :class:`~lightning_llm.Schedule`:
-            ``{"0 steps": 4, "2M tokens": 8, "1 epoch": 16}``; a number is a constant.
+            ``{"0 steps": 4, "2M tokens": 8, "1 epoch": 16}``; a number is a constant. Or a ready schedule, or the name
+            of a ramp (:mod:`lightning_llm.ramps`).
         target: What the values are. ``micro_batches``: K, loader batches per optimizer step and rank. ``sequences``
             or ``tokens`` (label tokens): the global batch over all ranks, from which K follows by what the loader
             has delivered so far.
@@ -69,14 +50,9 @@ class AccumulationSchedule(L.Callback):
         Don't decay the learning rate, increase the batch size (2018).
     """
 
-    _seed: int | None  # of the run
-    _tokens: float  # label tokens trained on
-    _content: float | None  # of a micro-batch of one rank: mean sequences or tokens
-    _last_window: AccumulationWindow
-
     def __init__(
         self,
-        milestones: Mapping[str, float] | Mapping[int, float] | float,
+        milestones: Mapping[str, float] | Mapping[int, float] | float | Schedule | str,
         target: Target = "micro_batches",
         interpolation: Interpolation = "step",
         token_fn: Callable[[Any], Any] | None = None,
@@ -85,142 +61,26 @@ class AccumulationSchedule(L.Callback):
     ) -> None:
         if target not in get_args(Target):
             raise ValueError(f"`target` must be 'micro_batches', 'sequences' or 'tokens', but got {target!r}.")
-        self.schedule = Schedule(milestones, interpolation)
+        self.schedule = as_schedule(milestones, interpolation)
         whole = all(value.is_integer() for value in self.schedule.values)
         if min(self.schedule.values) < 1 or (target == "micro_batches" and not whole):
             raise ValueError(f"`milestones` need whole numbers of {target}, 1 at least; got {self.schedule.values}.")
-        self.target = target
-        self.token_fn = token_fn or num_label_tokens
-        self.seed_steps = seed_steps
-        self.log_name = log_name
-        self.global_batch: float | None = None  # wanted in the current window over all ranks, in units of `target`
-        self._forget()
-        # Of the current window:
-        self._opened_at: int | None = None  # optimizer step; None outside a window
-        self._is_open = False
-        self._held = 0  # micro-batches whose gradient has been added
-        self._is_awaited = False  # the current one's has not yet
-        self._owns_flag = False
-        self._counted: list[Tensor] = []
-        self._start = WindowStart()
-        self._has_warned = False
+        counts_tokens = "tokens" in self.schedule.units
+        super().__init__(target, counts_tokens, token_fn, seed_steps, log_name)
 
     # ---- hooks ---------------------------------------------------------------------------------------------------
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse what cannot be served; go first, so that others see a window that is set."""
-        if stage != "fit":
-            return
-        _check(self, trainer, pl_module)
-        if trainer.global_step == 0:
-            self._forget()  # another run than the last; a checkpoint is loaded later
-        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        callbacks.remove(self)
-        callbacks.insert(0, self)
-
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """The first window begins where the checkpoint ends."""
-        states = checkpoint.get("callbacks", {})
-        own_state = {self.state_key: states.get(self.state_key, self.state_dict())}
-        self._start.note_checkpoint(trainer, checkpoint, own_state)
-
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Choose the seed of a new run; a resumed one finds the last window as it was."""
+        """Refuse milestones that this run never knows of, before anything is trained."""
         _check_epochs(self.schedule, trainer)
         self.schedule(self._progress(trainer, 0))  # a share of an endless run is refused now
-        self._opened_at = None
-        self._owns_flag = True
-        trainer.accumulate_grad_batches = self._last_window
-        if self._seed is None:
-            self._seed = int(trainer.strategy.broadcast(torch.initial_seed()))
-        self._start.note_buffers(pl_module)
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Open a window before its first micro-batch; count what the micro-batch holds."""
-        if trainer.fit_loop._skip_backward:  # weight averaging has taken over, to renew batch statistics
-            return
-        if batch_idx == 0 or self._opened_at != trainer.global_step:
-            self._open(trainer, pl_module, batch, batch_idx)
-        self._is_awaited = True
-        if self._counts:
-            self._counted.append(torch.stack([self._count(trainer, batch, what) for what in self._counts]))
-
-    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The micro-batch's gradient is in, or that of a piece of it."""
-        self._held += self._is_awaited
-        self._is_awaited = False
-
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """Close the window: divide by what it really held, count what it was trained on (one all-reduce)."""
-        if not self._is_open or trainer.fit_loop._skip_backward:
-            return  # an optimizer that evaluates its closure again; weight averaging
-        size = int(trainer.accumulate_grad_batches)
-        if 0 < self._held < size and not _is_normalized(trainer):  # an unforeseen end, or `training_step` gave None
-            scale_gradients(optimizer, size / self._held)
-        if self._counted:
-            self._commit_counts(trainer)
-        self._last_window = trainer.accumulate_grad_batches  # type: ignore[assignment]
-        self._is_open = False
-        if self.log_name is not None:
-            pl_module.log(self.log_name, float(self._held), batch_size=1)
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """After the step: note where the next window begins."""
-        if self._opened_at is not None and trainer.global_step > self._opened_at:
-            self._opened_at = None
-            self._start.note_end_of_step(trainer, pl_module, {self.state_key: self.state_dict()})
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """A window that ``on_train_batch_start`` or early stopping left unfinished is gone."""
-        self._opened_at = None
-        trainer.accumulate_grad_batches = AccumulationWindow(int(trainer.accumulate_grad_batches))
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Inside a window: callbacks that watch the validation must not see it twice after a resume."""
-        if self._is_inside(trainer):
-            self._start.note_validation(trainer)
-
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Inside a window: save the state of its start. At an epoch's end: let the next one start with a fresh loader.
-
-        Lightning resumes a loader that has nothing left, and so skips the next epoch without a word.
-        """
-        if self._is_inside(trainer):
-            self._start.rewind(trainer, checkpoint)
-        elif trainer.is_last_batch and not is_cut_stream(trainer):
-            checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give the Trainer its flag back."""
-        self._give_flag_back(trainer)
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Give the Trainer its flag back."""
-        self._give_flag_back(trainer)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Seed, tokens, mean content of a micro-batch, and the last window: equal on all ranks."""
-        return {
-            "seed": self._seed,
-            "tokens": self._tokens,
-            "content": self._content,
-            "window": [int(self._last_window), self._last_window.offset],
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the checkpoint was saved."""
-        self._seed = state_dict["seed"]
-        self._tokens = state_dict["tokens"]
-        self._content = state_dict["content"]
-        self._last_window = AccumulationWindow(*state_dict["window"])
+        super().on_train_start(trainer, pl_module)
 
     # ---- what others may ask -------------------------------------------------------------------------------------
+
+    def wanted(self, trainer: L.Trainer, batch_idx: int) -> float:
+        """What the schedule says at this point of the run."""
+        return self.schedule(self._progress(trainer, batch_idx))
 
     def count_optimizer_steps(self, trainer: L.Trainer, num_batches: int, loader: Any) -> int:
         """Optimizer steps from the first epoch to the last, for :func:`~lightning_llm.total_optimizer_steps`.
@@ -240,7 +100,7 @@ class AccumulationSchedule(L.Callback):
         tokens = getattr(loader, "tokens_per_epoch", None)
         known = {"sequences": rows and float(rows), "tokens": tokens and tokens / (num_batches * ranks)}
         content: dict[str, float] = {what: value for what, value in known.items() if value}
-        missing = [what for what in self._counts if what not in content]
+        missing = [what for what in self.content.kinds if what not in content]
         max_epochs = trainer.max_epochs or 1
         if missing and trainer.max_steps != -1:
             bound = min(trainer.max_steps, num_batches * max_epochs)
@@ -273,90 +133,11 @@ class AccumulationSchedule(L.Callback):
 
     # ---- details -------------------------------------------------------------------------------------------------
 
-    def _forget(self) -> None:
-        """What is in the checkpoint, equal on all ranks, as a new run begins."""
-        self._seed = None
-        self._tokens = 0.0
-        self._content = None
-        self._last_window = AccumulationWindow(1)
-
-    def _give_flag_back(self, trainer: L.Trainer) -> None:
-        if self._owns_flag:
-            trainer.accumulate_grad_batches = 1
-        self._owns_flag = False
-
-    def _is_inside(self, trainer: L.Trainer) -> bool:
-        return self._opened_at is not None and self._opened_at == trainer.global_step
-
-    @property
-    def _counts(self) -> list[str]:
-        """What has to be counted in each micro-batch."""
-        tokens = "tokens" in self.schedule.units or self.target == "tokens"
-        return ["sequences"] * (self.target == "sequences") + ["tokens"] * tokens
-
-    def _open(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 0:
-            # Between two epochs no step is due, wherever the last window ended.
-            before = {**self.state_dict(), "window": [2, 1]}
-            self._start.note_start_of_epoch(trainer, pl_module, {self.state_key: before})
-        if self.target != "micro_batches" and self._content is None:  # the run's first window
-            mine = self._count(trainer, batch, self.target)
-            self._content = float(trainer.strategy.reduce(mine, reduce_op="mean"))
-        ranks = data_parallel_size(trainer)
-        wanted = self.schedule(self._progress(trainer, batch_idx))
-        self.global_batch = wanted * (ranks if self.target == "micro_batches" else 1)
-        size = self._size(wanted, self._content, ranks)
-        left = trainer.num_training_batches - batch_idx
-        if left > 0:  # a run that was resumed with larger batches may be beyond the epoch's end
-            size = int(min(size, left))  # an epoch's last window: what is left
-        trainer.accumulate_grad_batches = AccumulationWindow(size, batch_idx)
-        self._opened_at = trainer.global_step
-        self._is_open = True
-        self._held = 0
-        self._counted = []
-        if self.seed_steps:
-            assert self._seed is not None
-            seed_window(self._seed, trainer.global_step, data_parallel_rank(trainer))
-
-    def _size(self, target: float, content: float | None, ranks: int) -> int:
-        if self.target == "micro_batches":
-            return max(1, round(target))
-        assert content is not None
-        size = micro_batches_for(target, content * ranks)
-        if not 0.5 <= size * content * ranks / target <= 2 and not self._has_warned:
-            rank_zero_warn(
-                f"AccumulationSchedule was asked for {target:.0f} {self.target} per optimizer step, but one "
-                f"micro-batch over all {ranks} ranks holds {content * ranks:.0f} already. Make the loader's batches "
-                f"smaller."
-            )
-            self._has_warned = True
-        return size
-
     def _progress(self, trainer: L.Trainer, batch_idx: int) -> Progress:
         epochs = trainer.current_epoch + batch_idx / trainer.num_training_batches
-        return Progress(trainer.global_step, self._tokens, epochs, _share_of_run(trainer, trainer.global_step, epochs))
-
-    def _count(self, trainer: L.Trainer, batch: Any, what: str) -> Tensor:
-        device = trainer.strategy.root_device
-        exact = torch.float32 if device.type == "mps" else torch.float64
-        number = num_samples(batch) if what == "sequences" else self.token_fn(batch)
-        return torch.as_tensor(number, device=device).to(exact)
-
-    def _commit_counts(self, trainer: L.Trainer) -> None:
-        counted = torch.stack(self._counted)
-        # An epoch's last micro-batch may be short: it counts, but says nothing of those to come.
-        usual = counted[:-1] if trainer.is_last_batch and len(counted) > 1 else counted
-        held = usual.new_tensor([float(len(usual))])
-        sums = trainer.strategy.reduce(torch.cat([counted.sum(0), usual.sum(0), held]), reduce_op="sum")
-        share = 1 / trainer.world_size  # ranks that split a layer count a batch each
-        everything, typical = sums[: len(self._counts)].tolist(), sums[len(self._counts) : -1].tolist()
-        number = float(sums[-1])
-        if "tokens" in self._counts:
-            self._tokens += everything[-1] * share * data_parallel_size(trainer)
-        if self.target != "micro_batches":
-            mean = typical[self._counts.index(self.target)] / number
-            assert self._content is not None
-            self._content = _MEMORY * self._content + (1 - _MEMORY) * mean
+        return Progress(
+            trainer.global_step, self.content.tokens, epochs, _share_of_run(trainer, trainer.global_step, epochs)
+        )
 
 
 def _share_of_run(trainer: L.Trainer, steps: int, epochs: float) -> float | None:
@@ -365,41 +146,6 @@ def _share_of_run(trainer: L.Trainer, steps: int, epochs: float) -> float | None
     if trainer.max_epochs is not None and trainer.max_epochs > 0:
         shares.append(epochs / trainer.max_epochs)
     return min(max(shares), 1.0) if shares else None
-
-
-def _is_normalized(trainer: L.Trainer) -> bool:
-    """Whether a callback divides each gradient by what it holds, so that the number of micro-batches has no part."""
-    return any(getattr(callback, "normalizes_gradients", False) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-
-
-def _check(schedule: AccumulationSchedule, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-    if not pl_module.automatic_optimization:
-        raise ValueError(
-            f"AccumulationSchedule needs automatic optimization, but {type(pl_module).__name__} optimizes manually: it "
-            f"decides itself when to step. Set `automatic_optimization = True`, or schedule there."
-        )
-    if trainer.strategy.handles_gradient_accumulation:
-        raise ValueError(
-            f"{type(trainer.strategy).__name__} accumulates inside its own engine, with a number fixed at the start. "
-            f"Use DDPStrategy, or ModelParallelStrategy for sharded parameters."
-        )
-    if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
-        raise ValueError(
-            "AccumulationSchedule must know when a batch begins, which Lightning does not tell where training_step "
-            "takes `dataloader_iter`. Let it take `batch`."
-        )
-    if trainer.accumulate_grad_batches != 1:
-        raise ValueError(
-            f"AccumulationSchedule sets the number of micro-batches, but so does Trainer(accumulate_grad_batches="
-            f"{trainer.accumulate_grad_batches}). Remove the flag; AccumulationSchedule("
-            f"{trainer.accumulate_grad_batches}) is the same."
-        )
-    for other in trainer.callbacks:  # type: ignore[attr-defined]
-        if other is not schedule and isinstance(other, (AccumulationSchedule, GradientAccumulationScheduler)):
-            raise ValueError(
-                f"AccumulationSchedule and another {type(other).__name__} would both set the number of micro-batches. "
-                f"Keep one; milestones in epochs ('1 epoch') do what Lightning's scheduler does."
-            )
 
 
 def _check_epochs(schedule: Schedule, trainer: L.Trainer) -> None:

@@ -170,8 +170,11 @@ class LearningRateScaling(L.Callback):
 
 def _source(trainer: L.Trainer) -> Any:
     """What says how large the global batch is to be: a callback, or the data module."""
-    candidates = [*trainer.callbacks, trainer.datamodule]  # type: ignore[attr-defined]
-    return next((one for one in candidates if hasattr(one, "global_batch")), None)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if hasattr(callback, "global_batch"):
+            return callback
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    return datamodule if getattr(datamodule, "global_batch", None) is not None else None
 
 
 def _global_batch(trainer: L.Trainer) -> float:

@@ -224,6 +224,19 @@ class RowLoader:
         self._wanted = self.plan.rows_for(size)
 
     @property
+    def global_batch(self) -> float | None:
+        """Rows, or label tokens if the plan counts those, of the optimizer step at hand; None where nobody knows.
+
+        Between two steps: of the next one. An epoch's short last step is no other batch.
+        """
+        if not isinstance(self.plan, GlobalBatchPlan):
+            return None
+        count, cursor = self._trained
+        is_next = self._wanted is not None and not self._wanted_later and count == self._delivered
+        rows = self._wanted if is_next and self._wanted is not None else self.plan.step_rows(cursor)
+        return rows * self.plan.tokens_per_row if self.plan.counts_tokens else rows
+
+    @property
     def tokens_per_epoch(self) -> int:
         """Label tokens of all ranks in an epoch."""
         return self.rows.table.num_label_tokens

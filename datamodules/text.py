@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -31,7 +31,7 @@ from lightning_llm.datamodules.text_settings import (
 )
 from lightning_llm.datamodules.text_source import Split, SplitRows, TextSource, prepare_tokenizer
 from lightning_llm.datamodules.token_store import TokenStore
-from lightning_llm.schedule import Schedule
+from lightning_llm.schedule import Progress, Schedule
 
 _STAGES: dict[str | None, tuple[Split, ...]] = {
     "fit": ("train", "validation"),
@@ -65,7 +65,8 @@ class TextDataModule(ResumableDataModule):
         micro_batch_tokens: For ``padded`` and ``padding_free``: tokens in a training batch of one rank, padding
             included.
         global_batch_size: Rows in an optimizer step over all ranks, or a schedule of them: ``{"0 samples": 32, "2M
-            tokens": 64}``. The loader cuts a step into as many micro-batches as the Trainer accumulates.
+            tokens": 64}``, or the name of a ramp (:mod:`lightning_llm.ramps`). The loader cuts a step into as many
+            micro-batches as the Trainer accumulates.
         global_batch_tokens: Likewise in label tokens.
         eval_micro_batch_size: Rows in a validation, test or predict batch of one rank; ``micro_batch_size`` if None.
         stride: For ``windows`` and ``packed``: new tokens in each window of a long document; the others are context
@@ -107,8 +108,8 @@ class TextDataModule(ResumableDataModule):
         batching: Batching = "rows",
         micro_batch_size: int = 8,
         micro_batch_tokens: int | None = None,
-        global_batch_size: int | dict[str, float] | Schedule | None = None,
-        global_batch_tokens: int | dict[str, float] | Schedule | None = None,
+        global_batch_size: int | dict[str, float] | Schedule | str | None = None,
+        global_batch_tokens: int | dict[str, float] | Schedule | str | None = None,
         eval_micro_batch_size: int | None = None,
         stride: int | None = None,
         eval_windowing: Windowing | None = None,
@@ -248,6 +249,23 @@ class TextDataModule(ResumableDataModule):
         several = ("packed", "wrapped")
         is_flat = self.batch_settings.batching == "padding_free"
         return is_flat or self.windowing in several or self.eval_windowing in several
+
+    @property
+    def global_batch(self) -> float | None:
+        """The optimizer step's global batch as it now is, in its :attr:`global_batch_unit`; None without one.
+
+        Between two steps it is that of the next one; whole rows, so not always quite what was asked for.
+        """
+        if self._train_loader is None and self.batch_settings.global_batch is not None:
+            return self.batch_settings.schedule(Progress(samples=0))
+        return None if self._train_loader is None else self._train_loader.global_batch
+
+    @property
+    def global_batch_unit(self) -> Literal["sequences", "tokens"] | None:
+        """What the global batch counts: rows, or label tokens; None without one."""
+        if self.batch_settings.global_batch is None:
+            return None
+        return "sequences" if self.batch_settings.global_batch_tokens is None else "tokens"
 
     def set_global_batch(self, size: float) -> None:
         """Let each optimizer step from the next one on hold so many rows, or label tokens if it was given in tokens.
@@ -396,7 +414,8 @@ class TextDataModule(ResumableDataModule):
         if self.batch_settings.global_batch is None or self.trainer is None:
             return
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, GradientAccumulationScheduler) or hasattr(callback, "count_optimizer_steps"):
+            by_windows = hasattr(callback, "count_optimizer_steps") and getattr(callback, "sets_windows", True)
+            if isinstance(callback, GradientAccumulationScheduler) or by_windows:
                 raise ValueError(
                     f"The data module's global batch and {type(callback).__name__} would both decide what an optimizer "
                     f"step holds. Remove the callback and schedule the global batch, or remove global_batch_size and "

@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from lightning_llm.duration import Duration
     from lightning_llm.isolation import verify_packing
     from lightning_llm.module import LLMModule
+    from lightning_llm.ramps import ramp
     from lightning_llm.run_length import total_optimizer_steps
     from lightning_llm.schedule import Progress, Schedule
+    from lightning_llm.seesaw import Seesaw
     from lightning_llm.windowed import windowed_loss, windowed_nll
 
 __version__ = "0.1.0"
@@ -23,9 +25,11 @@ __all__ = [
     "LLMModule",
     "Progress",
     "Schedule",
+    "Seesaw",
     "__version__",
     "context_parallel_loss",
     "context_parallel_nll",
+    "ramp",
     "total_optimizer_steps",
     "verify_packing",
     "windowed_loss",
@@ -38,8 +42,10 @@ _HOME = {
     "LLMModule": "lightning_llm.module",
     "Progress": "lightning_llm.schedule",
     "Schedule": "lightning_llm.schedule",
+    "Seesaw": "lightning_llm.seesaw",
     "context_parallel_loss": "lightning_llm.context_parallel.loss",
     "context_parallel_nll": "lightning_llm.context_parallel.loss",
+    "ramp": "lightning_llm.ramps",
     "total_optimizer_steps": "lightning_llm.run_length",
     "verify_packing": "lightning_llm.isolation",
     "windowed_loss": "lightning_llm.windowed",

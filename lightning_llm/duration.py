@@ -20,7 +20,7 @@ _UNITS: dict[str, Unit] = {
     "run": "run",
 }
 _MAGNITUDES = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
-_PATTERN = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([kmbgt]?)(?:\s*(%)|\s+([a-z]+))", re.IGNORECASE)
+_PATTERN = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)\s*([kmbgt]?)(?:\s*(%)|\s+([a-z]+))", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

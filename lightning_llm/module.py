@@ -17,15 +17,16 @@ from lightning_llm.activation_offload import ActivationOffload, warn_if_on_host
 from lightning_llm.compatibility import check_length, check_vocabulary
 from lightning_llm.context_parallel.mesh import mesh_of_all_ranks, sharing_group
 from lightning_llm.duration import Duration
+from lightning_llm.learning_rate import make_schedule
 from lightning_llm.loss import NonFiniteLossError, TokenLoss
-from lightning_llm.optimizers import make_adamw, make_schedule
+from lightning_llm.optimizers import ADAMW_BETAS, ADAMW_EPS, make_optimizer, optimizer_class
 from lightning_llm.packed_attention import use_packed_attention
 from lightning_llm.packing_guard import PackingGuard
 from lightning_llm.parallel import data_parallel_size
 from lightning_llm.planning.of_module import plan_of_trainer, plan_source
 from lightning_llm.planning.plan import Plan
 from lightning_llm.pretrained import build_model, is_complete, resolve_config, resolve_dtype
-from lightning_llm.run_length import total_optimizer_steps
+from lightning_llm.run_length import tokens_of, total_optimizer_steps
 from lightning_llm.sharding import build_sharded
 from lightning_llm.step_window import MicroBatch, StepWindow
 from lightning_llm.tasks.choice import choose_task
@@ -49,14 +50,20 @@ class LLMModule(L.LightningModule):
         model: A hub id or local folder (pretrained weights), a mapping with ``model_type`` and the fields of a
             transformers configuration (random weights), a ``PretrainedConfig`` (random weights), or a built model.
         task: What is trained; ``causal-lm``.
-        learning_rate: Peak learning rate of AdamW.
+        learning_rate: Peak learning rate.
         weight_decay: Decoupled weight decay of matrices; biases, norms and other vectors do not decay.
-        betas: Decay rates of AdamW's two averages.
+        betas: Decay rates of AdamW's two averages; those of another optimizer stand in ``optimizer_options``.
         eps: Added to the denominator of AdamW's update.
+        optimizer: ``adamw``, in one fused kernel where it can be; another of torch's by its name (``sgd``); one of the
+            package pytorch-optimizer (``lamb``, ``lars``, ``lion``, ...); or the import path of a class.
+        optimizer_options: Further arguments of the optimizer, for instance ``{"momentum": 0.9}``.
         lr_schedule: Name of a transformers schedule: ``linear``, ``cosine``, ``constant``, ``cosine_with_min_lr``,
-            ``warmup_stable_decay``, ``inverse_sqrt``, ...
+            ``warmup_stable_decay``, ``inverse_sqrt``, ...; or ``quarter_cosine``.
         warmup: Length of the warm-up: ``"500 steps"`` or 500, ``"2M tokens"``, ``"5%"`` or 0.05 of the run.
         lr_schedule_options: Further options of the schedule, for instance ``{"min_lr_rate": 0.1}``.
+        lr_schedule_length: How long the schedule takes. None: the run, by its optimizer steps. ``"2B tokens"``, ``"1
+            epoch"``, ``"100%"`` of the epochs: by the tokens trained on, so that a batch that changes does not change
+            the learning rate of any token. ``"5k steps"``: by steps, then constant.
         gradient_checkpointing: Recompute each layer's activations in backward instead of keeping them.
         sequence_window: Cut each row into windows of so many tokens: the exact gradient in the memory of a window, and
             of the keys and values of the row, at the cost of another forward pass. See
@@ -96,11 +103,14 @@ class LLMModule(L.LightningModule):
         task: str = "causal-lm",
         learning_rate: float = 3e-4,
         weight_decay: float = 0.1,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
+        betas: tuple[float, float] = ADAMW_BETAS,
+        eps: float = ADAMW_EPS,
+        optimizer: str = "adamw",
+        optimizer_options: dict[str, Any] | None = None,
         lr_schedule: str = "cosine",
         warmup: str | int | float = "2%",
         lr_schedule_options: dict[str, Any] | None = None,
+        lr_schedule_length: str | int | float | None = None,
         gradient_checkpointing: bool = False,
         sequence_window: int | Literal["auto"] | None = None,
         offload: bool = False,
@@ -136,6 +146,9 @@ class LLMModule(L.LightningModule):
         self.lr_schedule = lr_schedule
         self.warmup = Duration.parse(warmup)
         self.lr_schedule_options = lr_schedule_options
+        self.lr_schedule_length = None if lr_schedule_length is None else Duration.parse(lr_schedule_length)
+        self.optimizer = optimizer
+        self.optimizer_options = optimizer_options
         self.gradient_checkpointing = gradient_checkpointing
         self.offload = offload
         self._plans = sequence_window == "auto"
@@ -146,6 +159,7 @@ class LLMModule(L.LightningModule):
         self.test_metrics = self.task.metrics()
         self._sources: tuple[str, ...] = ()
         self.tokens_seen = 0
+        self._tokens_before = 0  # this run
         self._micro_batch: MicroBatch | None = None
         self._window = StepWindow()
         self._prepared = False
@@ -176,6 +190,9 @@ class LLMModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check the model against the data module and the strategy, before anything large is built."""
+        if stage == "fit":
+            self._tokens_before = self.tokens_seen
+            optimizer_class(self.optimizer)
         if isinstance(self.task, ContextParallelCausalLM):
             self.task.group = sharing_group(self.device_mesh)
         datamodule = getattr(self.trainer, "datamodule", None)
@@ -368,20 +385,22 @@ class LLMModule(L.LightningModule):
             self.log("train/loss", total / num_tokens, prog_bar=True, batch_size=1)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW, and the schedule stepped once per optimizer step."""
-        optimizer = make_adamw(
+        """The optimizer, and the schedule stepped once per optimizer step."""
+        optimizer = make_optimizer(
+            self.optimizer,
             self._built(),
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
             betas=self.betas,
             eps=self.eps,
+            options=self.optimizer_options,
         )
         schedule = make_schedule(
             self.lr_schedule,
             optimizer,
-            total_steps=total_optimizer_steps(self.trainer),
+            **self._schedule_length(),
             warmup=self.warmup,
-            tokens_seen=lambda: self.tokens_seen,
+            tokens_seen=lambda: self.tokens_seen - self._tokens_before,
             options=self.lr_schedule_options,
         )
         by_metric = isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)
@@ -424,13 +443,23 @@ class LLMModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the tokens seen, and the architecture, so that loading needs neither the hub nor the folder."""
         checkpoint["tokens_seen"] = self.tokens_seen
+        checkpoint["tokens_before_run"] = self._tokens_before
         checkpoint["hyper_parameters"]["model"] = self._model_hyper_parameter()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the tokens seen."""
         self.tokens_seen = checkpoint.get("tokens_seen", 0)
+        self._tokens_before = checkpoint.get("tokens_before_run", 0)
 
     # ---- details -------------------------------------------------------------------------------------------------
+
+    def _schedule_length(self) -> dict[str, float]:
+        length = self.lr_schedule_length
+        if length is None:
+            return {"total_steps": total_optimizer_steps(self.trainer)}
+        if length.unit == "steps":
+            return {"total_steps": length.value}
+        return {"total_tokens": tokens_of(self.trainer, length)}
 
     def _built(self) -> nn.Module:
         if self.model is None:

@@ -1,20 +1,18 @@
-"""AdamW with decay groups, and transformers' learning-rate schedules with a warm-up in any unit."""
+"""Optimizers with decay groups: a fused AdamW, or another by name."""
 
 from __future__ import annotations
 
+import importlib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
-from transformers import get_scheduler
-from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
-from transformers.trainer_utils import SchedulerType
 
-from lightning_llm.duration import Duration
-
+ADAMW_BETAS = (0.9, 0.95)
+ADAMW_EPS = 1e-8
 _FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}
 
 
@@ -48,6 +46,7 @@ def make_adamw(
     weight_decay: float,
     betas: tuple[float, float],
     eps: float,
+    options: dict[str, Any] | None = None,
 ) -> AdamW:
     """AdamW in one fused kernel where every parameter lives on a device that has it.
 
@@ -57,82 +56,96 @@ def make_adamw(
         weight_decay: Decoupled weight decay of matrices.
         betas: Decay rates of the two moment averages.
         eps: Added to the denominator.
+        options: Further arguments of ``torch.optim.AdamW``.
     """
     groups = decay_groups(model.named_parameters(), weight_decay)
     parameters = [p for group in groups for p in group["params"]]
     fused = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in parameters)
-    optimizer = AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=fused)
+    optimizer = AdamW(groups, **{"lr": learning_rate, "betas": betas, "eps": eps, "fused": fused, **(options or {})})
     # A fused AdamW offers to unscale fp16 gradients inside its step. Lightning then refuses to clip them, in bf16 too,
     # although it has unscaled them before: decline the offer, keep the kernel.
     optimizer._step_supports_amp_scaling = False
     return optimizer
 
 
-def make_schedule(
-    name: str,
-    optimizer: Optimizer,
-    *,
-    total_steps: float,
-    warmup: Duration,
-    tokens_seen: Callable[[], int],
-    options: dict[str, Any] | None = None,
-) -> LRScheduler | ReduceLROnPlateau:
-    """One of transformers' schedules by name, with its warm-up in optimizer steps, tokens or a share of the run.
-
-    A warm-up in steps or as a share is transformers' own. A warm-up of T tokens multiplies the schedule by
-    min(1, tokens / T), so it lasts as long as the tokens do, whatever the batch.
+def optimizer_class(name: str) -> type[Optimizer]:
+    """An optimizer by name: torch's, else that of the package pytorch-optimizer (``lamb``, ``lars``, ``lion``, ...).
 
     Args:
-        name: transformers' ``SchedulerType``: ``linear``, ``cosine``, ``constant``, ``warmup_stable_decay``, ...
-        optimizer: Whose learning rates are set.
-        total_steps: Optimizer steps of the whole run; infinite if unknown.
-        warmup: Length of the warm-up.
-        tokens_seen: Gives the label tokens trained on so far, over all ranks.
-        options: ``scheduler_specific_kwargs`` of transformers, for instance ``{"min_lr_rate": 0.1}``.
+        name: In any case; with dots, the import path of a class.
 
     Raises:
-        ValueError: For an unknown name, for an option that the schedule lacks or needs, for a warm-up in epochs, and
-            for a schedule that must know the length of an endless run.
+        ImportError: If the name is none of torch's and pytorch-optimizer is not installed.
+        ValueError: For a name that neither knows, and a path that leads to no optimizer.
     """
-    known = sorted(kind.value for kind in TYPE_TO_SCHEDULER_FUNCTION if kind.value != "greedy")  # it searches
-    if name not in known:
-        raise ValueError(f"`lr_schedule` must be one of {', '.join(known)}, but got {name!r}.")
-    if warmup.unit == "epochs":
-        raise ValueError(f"`warmup` is given in steps, tokens or as a share of the run ('5%'), but got '{warmup}'.")
-    if name == "constant" and warmup.value:
-        name = "constant_with_warmup"  # transformers' `constant` ignores the warm-up without a word
-    make: Any = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
-    parameters = inspect.signature(make).parameters
-    if not total_steps < float("inf") and ("num_training_steps" in parameters or warmup.unit == "run"):
-        raise ValueError(
-            f"The schedule {name!r} with warm-up '{warmup}' must know how long the run is, but it is endless. Set "
-            f"Trainer(max_steps=...) or Trainer(max_epochs=...) with a loader that has a length, or use 'constant' "
-            f"with a warm-up in steps or tokens."
-        )
-    warmup_steps = {"steps": warmup.value, "run": warmup.value * total_steps if warmup.unit == "run" else 0.0}
-    known_steps = int(total_steps) if total_steps < float("inf") else None
+    if "." in name:
+        module, _, attribute = name.rpartition(".")
+        found = getattr(importlib.import_module(module), attribute, None)
+        if not (inspect.isclass(found) and issubclass(found, Optimizer)):
+            raise ValueError(f"`optimizer` is the import path of an optimizer, but {name!r} is {found!r}.")
+        return found
+    of_torch = {each.lower(): getattr(torch.optim, each) for each in torch.optim.__all__}
+    candidate = of_torch.get(name.lower())
+    if inspect.isclass(candidate) and issubclass(candidate, Optimizer):
+        return candidate
     try:
-        schedule: LRScheduler | ReduceLROnPlateau = get_scheduler(
-            name,
-            optimizer,
-            num_warmup_steps=round(warmup_steps.get(warmup.unit, 0.0)),
-            num_training_steps=known_steps,
-            scheduler_specific_kwargs=options or {},
+        import pytorch_optimizer
+    except ImportError as error:
+        raise ImportError(
+            f"The optimizer {name!r} is none of torch's, and the package with LAMB, LARS, Lion and many others is not "
+            f"installed: pip install 'lightning-llm[optimizers]', or pip install pytorch-optimizer."
+        ) from error
+    known = pytorch_optimizer.get_supported_optimizers()
+    if name.lower() not in known:
+        raise ValueError(f"`optimizer` is one of torch's or one of {', '.join(known)}, but got {name!r}.")
+    loaded: type[Optimizer] = pytorch_optimizer.load_optimizer(name.lower())
+    return loaded
+
+
+def make_optimizer(
+    name: str,
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float] = ADAMW_BETAS,
+    eps: float = ADAMW_EPS,
+    options: dict[str, Any] | None = None,
+) -> Optimizer:
+    """An optimizer by name, with decay groups.
+
+    Args:
+        name: ``adamw`` (fused where it can be), or as in :func:`optimizer_class`.
+        model: Its trainable parameters are optimized.
+        learning_rate: Peak learning rate; the schedule multiplies it.
+        weight_decay: Of matrices; other parameters do not decay.
+        betas: Of AdamW.
+        eps: Of AdamW.
+        options: Further arguments of the optimizer, which otherwise keeps its own defaults.
+
+    Raises:
+        ValueError: If ``betas`` or ``eps`` are given for another optimizer than AdamW, for a weight decay that it does
+            not have, and for options that it does not take.
+    """
+    if name.lower() == "adamw":
+        return make_adamw(
+            model, learning_rate=learning_rate, weight_decay=weight_decay, betas=betas, eps=eps, options=options
         )
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"`lr_schedule_options` {options} do not fit the schedule {name!r}: {error}") from error
-    if warmup.value and isinstance(schedule, ReduceLROnPlateau):
-        raise ValueError(f"The schedule {name!r} has no warm-up, but got warmup='{warmup}'. Set it to 0.")
-    if warmup.value and warmup.unit == "tokens":
-        assert isinstance(schedule, LambdaLR)
-        return _with_token_warmup(schedule, warmup.value, tokens_seen)
-    return schedule
-
-
-def _with_token_warmup(schedule: LambdaLR, warmup_tokens: float, tokens_seen: Callable[[], int]) -> LambdaLR:
-    def warmed(factor: Callable[[int], float]) -> Callable[[int], float]:
-        return lambda step: factor(step) * min(1.0, tokens_seen() / warmup_tokens)
-
-    for group in schedule.optimizer.param_groups:
-        group["lr"] = group["initial_lr"]
-    return LambdaLR(schedule.optimizer, [warmed(factor) for factor in schedule.lr_lambdas])
+    if (*betas, eps) != (*ADAMW_BETAS, ADAMW_EPS):
+        raise ValueError(
+            f"`betas` and `eps` are AdamW's, but the optimizer is {name!r}. Give it its own as "
+            f"optimizer_options={{'betas': {tuple(betas)}, ...}}."
+        )
+    kind = optimizer_class(name)
+    if weight_decay and "weight_decay" not in inspect.signature(kind).parameters:
+        raise ValueError(f"{kind.__name__} has no weight decay, but got weight_decay={weight_decay}. Set it to 0.")
+    make: Any = kind
+    try:
+        optimizer: Optimizer = make(
+            decay_groups(model.named_parameters(), weight_decay), **{"lr": learning_rate, **(options or {})}
+        )
+    except TypeError as error:
+        raise ValueError(f"`optimizer_options` {options} do not fit {kind.__name__}: {error}") from error
+    if hasattr(optimizer, "_step_supports_amp_scaling"):
+        optimizer._step_supports_amp_scaling = False  # as for AdamW
+    return optimizer

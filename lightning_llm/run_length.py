@@ -1,4 +1,4 @@
-"""How many optimizer steps a run has."""
+"""How long a run is: its optimizer steps, its tokens."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+from lightning_llm.duration import Duration
 
 
 def total_optimizer_steps(trainer: L.Trainer) -> float:
@@ -21,8 +23,8 @@ def total_optimizer_steps(trainer: L.Trainer) -> float:
 
     Returns:
         The number of steps: exact, but for a schedule of tokens an estimate from the mean tokens of a micro-batch.
-        Infinite for a run without an end. With ``max_steps`` the run may still end earlier where ``max_time``, early
-        stopping or a loader of unknown length ends it.
+        Infinite for a run without an end, and for one whose batch adapts to what is measured. With ``max_steps`` the
+        run may still end earlier where ``max_time``, early stopping or a loader of unknown length ends it.
 
     Raises:
         ValueError: If an accumulation schedule depends on tokens or sequences whose number nobody knows.
@@ -44,6 +46,34 @@ def total_optimizer_steps(trainer: L.Trainer) -> float:
     if hasattr(loader, "epoch_lengths"):  # epochs of unequal length, such as under a growing global batch
         epochs = loader.epoch_lengths(trainer.max_epochs)
     return min(limit, sum(math.ceil(batches / factor) for batches, factor in zip(epochs, factors, strict=True)))
+
+
+def tokens_of(trainer: L.Trainer, length: Duration) -> float:
+    """Label tokens that a run trains on in a length of time: call it in ``configure_optimizers``.
+
+    Args:
+        trainer: In ``fit``, with its data.
+        length: In tokens, in epochs, or as a share of the run, which is then one of ``Trainer(max_epochs=)``.
+
+    Raises:
+        ValueError: For steps and samples, for a loader that does not tell its ``tokens_per_epoch``, and for a share of
+            a run without ``max_epochs``.
+    """
+    if length.unit == "tokens":
+        return length.value
+    if length.unit in ("steps", "samples"):
+        raise ValueError(f"How many tokens '{length}' hold depends on the batch. Use tokens or epochs.")
+    epochs = length.value
+    if length.unit == "run":
+        if trainer.max_epochs is None or trainer.max_epochs == -1:
+            raise ValueError(f"'{length}' of the run needs Trainer(max_epochs=...). Set it, or use tokens or epochs.")
+        epochs *= trainer.max_epochs
+    num_batches, loader = _epoch(trainer)
+    tokens = getattr(loader, "tokens_per_epoch", None)
+    if tokens is None:
+        raise ValueError(f"{type(loader).__name__} does not tell how many tokens '{length}' are. Use tokens.")
+    share = num_batches / max(len(loader), 1)  # Trainer(limit_train_batches=)
+    return float(epochs * tokens * share)
 
 
 def _epoch(trainer: L.Trainer) -> tuple[float, Any]:

@@ -18,6 +18,7 @@ SOURCES = sorted(
 )
 PURE = [
     *("lightning_llm/duration.py", "lightning_llm/schedule.py", "lightning_llm/loss.py"),
+    *("lightning_llm/ramps.py", "lightning_llm/seesaw.py", "lightning_llm/decay.py"),
     *("lightning_llm/chunked_loss.py", "lightning_llm/logit_tiles.py"),
     *("callbacks/pieces/limits.py", "callbacks/pieces/cutting.py", "callbacks/pieces/rows.py"),
     *("datamodules/windows.py", "datamodules/packing.py", "datamodules/order.py", "datamodules/collate.py"),

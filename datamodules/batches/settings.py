@@ -12,10 +12,11 @@ from lightning_llm.datamodules.batches.plan import BatchPlan, RowPlan
 from lightning_llm.datamodules.collate import Layout
 from lightning_llm.datamodules.order import RowOrder, TableOrder
 from lightning_llm.datamodules.windows import Int64Array
+from lightning_llm.ramps import as_schedule
 from lightning_llm.schedule import Schedule
 
 Batching = Literal["rows", "padded", "padding_free"]
-GlobalBatch = int | Mapping[str, float] | Schedule
+GlobalBatch = int | Mapping[str, float] | Schedule | str
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class BatchSettings:
             ``padding_free``: the same without padding, all documents end to end in one row.
         micro_batch_size: Rows of a rank in a micro-batch.
         micro_batch_tokens: The budget of a micro-batch of one rank.
-        global_batch_size: Rows of an optimizer step over all ranks, a number or a schedule.
+        global_batch_size: Rows of an optimizer step over all ranks, a number, a schedule, or the name of a ramp.
         global_batch_tokens: Likewise in label tokens.
 
     Raises:
@@ -86,7 +87,7 @@ class BatchSettings:
         """The global batch as a schedule."""
         size = self.global_batch
         assert size is not None
-        return size if isinstance(size, Schedule) else Schedule(size)
+        return as_schedule(size)
 
     @property
     def global_batch(self) -> GlobalBatch | None:

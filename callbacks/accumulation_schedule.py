@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_llm.callbacks.accumulation_window import AccumulationWindow, WindowStart, is_cut_stream, seed_window
 from lightning_llm.callbacks.counting import num_label_tokens, num_samples
 from lightning_llm.callbacks.gradients import scale_gradients
+from lightning_llm.callbacks.run_progress import check_milestones, progress_of, share_of_run
 from lightning_llm.parallel import data_parallel_rank, data_parallel_size
 from lightning_llm.schedule import Interpolation, Progress, Schedule
 
@@ -126,8 +127,7 @@ class AccumulationSchedule(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Choose the seed of a new run; a resumed one finds the last window as it was."""
-        _check_epochs(self.schedule, trainer)
-        self.schedule(self._progress(trainer, 0))  # a share of an endless run is refused now
+        check_milestones(self.schedule, trainer)
         self._opened_at = None
         self._owns_flag = True
         trainer.accumulate_grad_batches = self._last_window
@@ -258,7 +258,7 @@ class AccumulationSchedule(L.Callback):
         while position < end and step != trainer.max_steps:
             epochs = position / num_batches
             tokens_done = position * ranks * content.get("tokens", 0.0)
-            progress = Progress(step, tokens_done, epochs, _share_of_run(trainer, step, epochs))
+            progress = Progress(step, tokens_done, epochs, share_of_run(trainer, step, epochs))
             size = self._size(self.schedule(progress), content.get(self.target), ranks)
             left = num_batches - position % num_batches
             if self.schedule.is_final(progress):  # nothing changes any more
@@ -303,7 +303,7 @@ class AccumulationSchedule(L.Callback):
             mine = self._count(trainer, batch, self.target)
             self._content = float(trainer.strategy.reduce(mine, reduce_op="mean"))
         ranks = data_parallel_size(trainer)
-        wanted = self.schedule(self._progress(trainer, batch_idx))
+        wanted = self.schedule(progress_of(trainer, self._tokens, batch_idx))
         self.global_batch = wanted * (ranks if self.target == "micro_batches" else 1)
         size = self._size(wanted, self._content, ranks)
         left = trainer.num_training_batches - batch_idx
@@ -332,10 +332,6 @@ class AccumulationSchedule(L.Callback):
             self._has_warned = True
         return size
 
-    def _progress(self, trainer: L.Trainer, batch_idx: int) -> Progress:
-        epochs = trainer.current_epoch + batch_idx / trainer.num_training_batches
-        return Progress(trainer.global_step, self._tokens, epochs, _share_of_run(trainer, trainer.global_step, epochs))
-
     def _count(self, trainer: L.Trainer, batch: Any, what: str) -> Tensor:
         device = trainer.strategy.root_device
         exact = torch.float32 if device.type == "mps" else torch.float64
@@ -357,14 +353,6 @@ class AccumulationSchedule(L.Callback):
             mean = typical[self._counts.index(self.target)] / number
             assert self._content is not None
             self._content = _MEMORY * self._content + (1 - _MEMORY) * mean
-
-
-def _share_of_run(trainer: L.Trainer, steps: int, epochs: float) -> float | None:
-    """The larger share of what ends the run: its steps or its epochs."""
-    shares = [steps / trainer.max_steps] if trainer.max_steps > 0 else []
-    if trainer.max_epochs is not None and trainer.max_epochs > 0:
-        shares.append(epochs / trainer.max_epochs)
-    return min(max(shares), 1.0) if shares else None
 
 
 def _is_normalized(trainer: L.Trainer) -> bool:
@@ -400,16 +388,3 @@ def _check(schedule: AccumulationSchedule, trainer: L.Trainer, pl_module: L.Ligh
                 f"AccumulationSchedule and another {type(other).__name__} would both set the number of micro-batches. "
                 f"Keep one; milestones in epochs ('1 epoch') do what Lightning's scheduler does."
             )
-
-
-def _check_epochs(schedule: Schedule, trainer: L.Trainer) -> None:
-    """Where nobody knows how long an epoch is, its parts cannot be milestones."""
-    if trainer.num_training_batches != float("inf"):
-        return
-    parts = any(at.unit == "epochs" and not at.value.is_integer() for at, _ in schedule.milestones)
-    between = "epochs" in schedule.units and schedule.interpolation != "step"
-    if parts or between or ("run" in schedule.units and trainer.max_steps == -1):
-        raise ValueError(
-            f"{schedule!r} needs the length of an epoch, but the loader has none. Set Trainer(limit_train_batches= or "
-            f"max_steps=), or use milestones in steps or tokens."
-        )

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lightning_llm.callbacks.counting import num_label_tokens
 from lightning_llm.callbacks.dynamic_batch_scaler import DynamicBatchScaler
+from lightning_llm.callbacks.pieces.columns import truncate
 from lightning_llm.callbacks.pieces.rehearsal import rehearse_step
-from lightning_llm.callbacks.pieces.rows import BOUNDARIES, LONGEST, like
 from lightning_llm.callbacks.run_progress import check_milestones, progress_of
 from lightning_llm.parallel import data_parallel_size
 from lightning_llm.schedule import Interpolation, Progress, Schedule
@@ -33,44 +33,6 @@ def length_at(schedule: Schedule, progress: Progress, round_to: int = 64) -> int
     if value in schedule.values:
         return int(value)
     return max(int(value) // round_to * round_to, int(min(schedule.values)))
-
-
-def truncate_batch(batch: Any, length: int) -> Any:
-    """The first ``length`` columns of a Hugging Face batch; what stands behind them is lost.
-
-    Args:
-        batch: A mapping with ``input_ids`` (batch, seq). Every tensor of that shape, or (batch, seq, ...), is cut.
-        length: Columns to keep.
-
-    Raises:
-        ValueError: If the batch is of another kind, or says where documents lie or which tokens see each other.
-
-    Example:
-        >>> truncate_batch({"input_ids": torch.arange(4)[None], "row_ids": torch.tensor([7])}, 2)
-        {'input_ids': tensor([[0, 1]]), 'row_ids': tensor([7])}
-    """
-    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-    if not isinstance(ids, Tensor) or ids.ndim != 2:
-        raise ValueError(
-            f"SequenceLengthSchedule shortens mappings with `input_ids` (batch, seq), but got {type(batch).__name__}. "
-            f"Pass cut_fn=lambda batch, length: ..."
-        )
-    if ids.shape[1] <= length:
-        return batch
-    unclear = [key for key in (*BOUNDARIES, *LONGEST) if key in batch]
-    unclear += [key for key, value in batch.items() if isinstance(value, Tensor) and value.ndim == 4]  # pairs of tokens
-    if unclear:
-        raise ValueError(
-            f"Rows of {ids.shape[1]} tokens are to have {length}, but nobody says how to cut {unclear}. Give the "
-            f"Trainer the data module itself, if it has `cut_batch`, or pass cut_fn=lambda batch, length: ..."
-        )
-    items = {
-        key: value[:, :length] if isinstance(value, Tensor) and value.shape[:2] == ids.shape else value
-        for key, value in batch.items()
-    }
-    if isinstance(items.get("num_input_tokens"), Tensor):  # of each row
-        items["num_input_tokens"] = items["num_input_tokens"].clamp(max=length)
-    return items if type(batch) is dict else like(batch, items, "batch")
 
 
 class SequenceLengthSchedule(L.Callback):
@@ -262,7 +224,7 @@ class SequenceLengthSchedule(L.Callback):
             self._pending = (trainer.global_step, 0.0)
 
     def _truncate(self, batch: Any, length: int) -> Any:
-        cut = truncate_batch(batch, length)
+        cut = truncate(batch, length)
         if cut is not batch and not self._has_warned:
             self._has_warned = True
             rank_zero_warn(

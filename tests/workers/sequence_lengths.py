@@ -25,7 +25,7 @@ def main(folder: Path, corpus: str) -> None:
     options |= {"accelerator": "cpu", "enable_model_summary": False, "default_root_dir": folder, "limit_val_batches": 0}
 
     def run(saves=(), checkpoint=None):
-        seen, schedule = Seen(), SequenceLengthSchedule(LENGTHS)
+        seen, schedule = Seen(), SequenceLengthSchedule(LENGTHS, reserve=checkpoint is not None)
         callbacks = [seen, SaveAt(folder, saves), schedule, TokenWeightedAccumulation(), AccumulationSchedule(2)]
         strategy = DDPStrategy(process_group_backend="gloo")
         trainer = L.Trainer(strategy=strategy, callbacks=callbacks, max_steps=5, max_epochs=-1, **options)

@@ -6,6 +6,7 @@ from lightning_llm.callbacks.dynamic_batch_scaler import DynamicBatchScaler
 from lightning_llm.callbacks.huggingface_checkpoint import HuggingFaceCheckpoint
 from lightning_llm.callbacks.learning_rate_scaling import LearningRateScaling
 from lightning_llm.callbacks.pieces.rows import CannotSplit
+from lightning_llm.callbacks.sequence_length_schedule import SequenceLengthSchedule
 from lightning_llm.callbacks.token_throughput import TokenThroughput
 from lightning_llm.callbacks.token_weighted_accumulation import TokenWeightedAccumulation
 from lightning_llm.callbacks.training_report import TrainingReport
@@ -17,6 +18,7 @@ __all__ = [
     "DynamicBatchScaler",
     "HuggingFaceCheckpoint",
     "LearningRateScaling",
+    "SequenceLengthSchedule",
     "TokenThroughput",
     "TokenWeightedAccumulation",
     "TrainingReport",

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_llm.callbacks.batch_content import Target, micro_batches_for
 from lightning_llm.callbacks.exact_windows import ExactWindows
+from lightning_llm.callbacks.run_progress import check_milestones, progress_of, share_of_run
 from lightning_llm.parallel import data_parallel_size
 from lightning_llm.ramps import as_schedule
 from lightning_llm.schedule import Interpolation, Progress, Schedule
@@ -72,15 +73,14 @@ class AccumulationSchedule(ExactWindows):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse milestones that this run never knows of, before anything is trained."""
-        _check_epochs(self.schedule, trainer)
-        self.schedule(self._progress(trainer, 0))  # a share of an endless run is refused now
+        check_milestones(self.schedule, trainer)
         super().on_train_start(trainer, pl_module)
 
     # ---- what others may ask -------------------------------------------------------------------------------------
 
     def wanted(self, trainer: L.Trainer, batch_idx: int) -> float:
         """What the schedule says at this point of the run."""
-        return self.schedule(self._progress(trainer, batch_idx))
+        return self.schedule(progress_of(trainer, self.content.tokens, batch_idx))
 
     def count_optimizer_steps(self, trainer: L.Trainer, num_batches: int, loader: Any) -> int:
         """Optimizer steps from the first epoch to the last, for :func:`~lightning_llm.total_optimizer_steps`.
@@ -118,7 +118,7 @@ class AccumulationSchedule(ExactWindows):
         while position < end and step != trainer.max_steps:
             epochs = position / num_batches
             tokens_done = position * ranks * content.get("tokens", 0.0)
-            progress = Progress(step, tokens_done, epochs, _share_of_run(trainer, step, epochs))
+            progress = Progress(step, tokens_done, epochs, share_of_run(trainer, step, epochs))
             size = self._size(self.schedule(progress), content.get(self.target), ranks)
             left = num_batches - position % num_batches
             if self.schedule.is_final(progress):  # nothing changes any more
@@ -130,32 +130,3 @@ class AccumulationSchedule(ExactWindows):
             position += min(size, left)
             step += 1
         return step
-
-    # ---- details -------------------------------------------------------------------------------------------------
-
-    def _progress(self, trainer: L.Trainer, batch_idx: int) -> Progress:
-        epochs = trainer.current_epoch + batch_idx / trainer.num_training_batches
-        return Progress(
-            trainer.global_step, self.content.tokens, epochs, _share_of_run(trainer, trainer.global_step, epochs)
-        )
-
-
-def _share_of_run(trainer: L.Trainer, steps: int, epochs: float) -> float | None:
-    """The larger share of what ends the run: its steps or its epochs."""
-    shares = [steps / trainer.max_steps] if trainer.max_steps > 0 else []
-    if trainer.max_epochs is not None and trainer.max_epochs > 0:
-        shares.append(epochs / trainer.max_epochs)
-    return min(max(shares), 1.0) if shares else None
-
-
-def _check_epochs(schedule: Schedule, trainer: L.Trainer) -> None:
-    """Where nobody knows how long an epoch is, its parts cannot be milestones."""
-    if trainer.num_training_batches != float("inf"):
-        return
-    parts = any(at.unit == "epochs" and not at.value.is_integer() for at, _ in schedule.milestones)
-    between = "epochs" in schedule.units and schedule.interpolation != "step"
-    if parts or between or ("run" in schedule.units and trainer.max_steps == -1):
-        raise ValueError(
-            f"{schedule!r} needs the length of an epoch, but the loader has none. Set Trainer(limit_train_batches= or "
-            f"max_steps=), or use milestones in steps or tokens."
-        )

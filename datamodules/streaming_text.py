@@ -14,6 +14,7 @@ from lightning_llm.datamodules.collate import Layout
 from lightning_llm.datamodules.mixture import temperature_weights
 from lightning_llm.datamodules.resumable import ResumableDataModule
 from lightning_llm.datamodules.rows import Windowing
+from lightning_llm.datamodules.shorter_rows import cut_rows
 from lightning_llm.datamodules.streams.batch import collate_stream_rows
 from lightning_llm.datamodules.streams.file_shards import FileShards
 from lightning_llm.datamodules.streams.loader import StreamLoader
@@ -214,6 +215,13 @@ class StreamingTextDataModule(ResumableDataModule):
     def packs_documents(self) -> bool:
         """Whether rows hold several documents, which the model must keep apart."""
         return self.windowing in ("packed", "wrapped") or self.layout == "padding_free"
+
+    def cut_batch(self, batch: Mapping[str, Any], length: int) -> Mapping[str, Any]:
+        """A training batch in rows of ``length`` tokens at most, every target in one of them; for callbacks.
+
+        See :func:`~lightning_llm.datamodules.shorter_rows.cut_rows`; a batch without longer rows comes back as it is.
+        """
+        return cut_rows(batch, length, layout=self.layout, pad_token_id=self._pad_token_id())
 
     def summary(self) -> str:
         """A line per source: shards, size, share of the rows, and what dealing them to the streams costs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from lightning_llm.datamodules.mixed_rows import MixedOrder, MixedRowDataset, mi
 from lightning_llm.datamodules.order import RowOrder, TableOrder
 from lightning_llm.datamodules.resumable import ResumableDataModule
 from lightning_llm.datamodules.rows import RowDataset, RowTable, Windowing
+from lightning_llm.datamodules.shorter_rows import cut_rows
 from lightning_llm.datamodules.sources import STDLIB
 from lightning_llm.datamodules.summary import describe_source, plot_lengths, zlib_bits_per_byte
 from lightning_llm.datamodules.text_settings import (
@@ -279,6 +281,14 @@ class TextDataModule(ResumableDataModule):
         if self._train_loader is None:
             raise RuntimeError("There is no training loader yet, and so no global batch: call this during training.")
         self._train_loader.set_global_batch(size)
+
+    def cut_batch(self, batch: Mapping[str, Any], length: int) -> Mapping[str, Any]:
+        """A training batch in rows of ``length`` tokens at most, every target in one of them; for callbacks.
+
+        See :func:`~lightning_llm.datamodules.shorter_rows.cut_rows`; a batch without longer rows comes back as it is.
+        """
+        layout = self.batch_settings.layout or ("packed" if self.windowing in ("packed", "wrapped") else "padded")
+        return cut_rows(batch, length, layout=layout, pad_token_id=self._pad_token_id())
 
     def store(self, split: Split = "train", source: str | None = None) -> TokenStore:
         """The tokens that a split's documents are in."""

@@ -22,7 +22,12 @@ PURE = [
     *("lightning_llm/chunked_loss.py", "lightning_llm/logit_tiles.py"),
     *("callbacks/pieces/limits.py", "callbacks/pieces/cutting.py", "callbacks/pieces/rows.py"),
     *("datamodules/windows.py", "datamodules/packing.py", "datamodules/order.py", "datamodules/collate.py"),
-    *("datamodules/mixture.py", "datamodules/document_windows.py", "datamodules/rows.py"),
+    *(
+        "datamodules/mixture.py",
+        "datamodules/document_windows.py",
+        "datamodules/rows.py",
+        "datamodules/shorter_rows.py",
+    ),
     *(f"datamodules/batches/{name}.py" for name in ("plan", "budget", "budget_plan", "global_batch_plan", "settings")),
     *(f"datamodules/questions/{name}.py" for name in ("question_windows", "question_answering", "answers")),
 ]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_llm.callbacks.pieces.rows import LONGEST, like, rows_or_none, tensors_in
+from lightning_llm.callbacks.pieces.rows import BOUNDARIES, LONGEST, like, rows_or_none, tensors_in
 from lightning_llm.loss import IGNORE_INDEX
 
 # Entries of Hugging Face batches that have one column per token, so that padding can be cut off.
@@ -65,4 +65,42 @@ def trim(batch: Any, length: int) -> Any:
         else value
         for key, value in batch.items()
     }
+    return items if type(batch) is dict else like(batch, items, "batch")
+
+
+def truncate(batch: Any, length: int) -> Any:
+    """The first ``length`` columns of a Hugging Face batch; what stands behind them is lost.
+
+    Args:
+        batch: A mapping with ``input_ids`` (batch, seq). Every tensor of that shape, or (batch, seq, ...), is cut.
+        length: Columns to keep.
+
+    Raises:
+        ValueError: If the batch is of another kind, or says where documents lie or which tokens see each other.
+
+    Example:
+        >>> truncate({"input_ids": torch.arange(4)[None], "row_ids": torch.tensor([7])}, 2)
+        {'input_ids': tensor([[0, 1]]), 'row_ids': tensor([7])}
+    """
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        raise ValueError(
+            f"Rows are shortened in mappings with `input_ids` (batch, seq), but got {type(batch).__name__}. "
+            f"Pass cut_fn=lambda batch, length: ..."
+        )
+    if ids.shape[1] <= length:
+        return batch
+    unclear = [key for key in (*BOUNDARIES, *LONGEST) if key in batch]
+    unclear += [key for key, value in batch.items() if isinstance(value, Tensor) and value.ndim == 4]  # pairs of tokens
+    if unclear:
+        raise ValueError(
+            f"Rows of {ids.shape[1]} tokens are to have {length}, but nobody says how to cut {unclear}. Give the "
+            f"Trainer the data module itself, if it has `cut_batch`, or pass cut_fn=lambda batch, length: ..."
+        )
+    items = {
+        key: value[:, :length] if isinstance(value, Tensor) and value.shape[:2] == ids.shape else value
+        for key, value in batch.items()
+    }
+    if isinstance(items.get("num_input_tokens"), Tensor):  # of each row
+        items["num_input_tokens"] = items["num_input_tokens"].clamp(max=length)
     return items if type(batch) is dict else like(batch, items, "batch")

@@ -70,8 +70,9 @@ def longest_batch(trainer: L.Trainer, cost: Callable[[Any], int], num_batches: i
         return loader.longest_batch()
     if _is_read_once(loader):
         raise ValueError(
-            f"The search at the start needs a look at the data, but {type(loader).__name__} can be iterated once only. "
-            f"Use find='run', or give the loader a `longest_batch()`."
+            f"What is tried before the first step needs a look at the data, but {type(loader).__name__} can be "
+            f"iterated once only. Leave it out (DynamicBatchScaler(find='run'), SequenceLengthSchedule(reserve=False)) "
+            f"or give the loader a `longest_batch()`."
         )
     is_stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
     position = loader.state_dict() if is_stateful else None
@@ -88,8 +89,15 @@ def longest_batch(trainer: L.Trainer, cost: Callable[[Any], int], num_batches: i
         if is_stateful:
             loader.load_state_dict(position)
     if longest is None:
-        raise ValueError("The search at the start found no batch in the training loader.")
+        raise ValueError("Nothing can be tried before the first step: there is no batch in the training loader.")
     return longest
+
+
+def whole_batch(trainer: L.Trainer, batch: Any) -> Any:
+    """A loader's batch as Lightning moves it to the device, but in whole rows where a schedule would shorten them."""
+    module: Any = trainer.strategy.lightning_module
+    batch = trainer.precision_plugin.convert_input(batch)
+    return type(module)._on_before_batch_transfer(module, batch, dataloader_idx=0)  # not the instance's
 
 
 def find_limit(runner: TrainingPieces, margin: float, num_batches: int, meter: PeakMemory | None = None) -> None:
@@ -116,8 +124,7 @@ def find_limit(runner: TrainingPieces, margin: float, num_batches: int, meter: P
     try:
         with logs.hold_back(trainer._results):
             batch = longest_batch(trainer, lambda batch: runner.cutter.whole(batch).cost, num_batches)
-            batch = trainer.precision_plugin.convert_input(batch)
-            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+            batch = whole_batch(trainer, batch)
             module._current_fx_name = "training_step"
             probe = _Probe(runner, batch)
             if runner.reduction.recovers:

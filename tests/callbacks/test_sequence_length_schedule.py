@@ -6,7 +6,7 @@ import lightning as L
 import pytest
 import torch
 from length_training import MAX_LENGTH, STEPS, Module, SaveAt, Seen, bare_loop, data_module, difference, weights
-from support import Plain, pad_rows, ragged_rows
+from support import Plain, Positions, pad_rows, ragged_rows
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -230,13 +230,28 @@ def test_a_run_resumed_at_any_micro_batch_is_bitwise_the_uninterrupted_one(train
         )
         return weights(module), seen.train
 
-    saves = range(1, 18) if owned and milestones is TOKENS else (2, 5, 6, 7, 11)
+    saves = range(1, 18) if owned and milestones is TOKENS else (5, 6, 7)
     whole, batches = fit(saves=saves)
     assert len({columns for _, _, columns, _ in batches}) == 3
+    assert len({(step, columns) for step, _, columns, _ in batches}) == 6  # no change inside a window
     for save in saves:
         resumed, later = fit(tmp_path / f"{save}.ckpt")
         assert later == batches[save - save % 3 :], save  # from the window's start, cut as before
         assert torch.equal(resumed, whole), save
+
+
+def test_a_window_that_is_resumed_in_its_middle_keeps_its_length(train, tmp_path):
+    """With Lightning's own accumulation and a loader that stands where it stood: the milestone is inside the window."""
+
+    def widths(checkpoint=None, saves=()):
+        schedule = SequenceLengthSchedule({"0 epochs": 8, "0.4 epochs": 12})
+        data = Positions([pad_rows(ragged_rows(4, seed=number)) for number in range(12)])
+        options = {"accumulate_grad_batches": 4, "max_epochs": 1, "max_steps": -1}
+        _, seen, _ = train(SaveAt(tmp_path, saves), schedule, data=data, checkpoint=checkpoint, **options)
+        return [columns for _, _, columns, _ in seen.train]
+
+    assert widths(saves=[6]) == [8] * 8 + [12] * 4
+    assert widths(tmp_path / "6.ckpt") == [8] * 2 + [12] * 4
 
 
 def test_without_the_state_a_resumed_run_would_be_another(train, tmp_path):

@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUN := runs/quickstart
 DEMO_ARGS ?=
+JOBS ?= 2
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
@@ -22,8 +23,8 @@ demo: $(READY)  ## train a small language model on the standard library, then le
 	@echo; echo "The Hugging Face folder continues a prompt:"; echo
 	@$(BIN)/lightning-llm generate --model "$$(ls -dt $(RUN)/version_*/huggingface/last | head -n 1)" --prompt "def read(self, "
 
-test: $(READY)  ## the test suite, without the slow campaigns
-	$(BIN)/python -m pytest -m "not slow" -q
+test: $(READY)  ## the test suite, without the slow campaigns, by JOBS processes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -q -n $(JOBS) --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -2,6 +2,7 @@
 
 from lightning_llm.callbacks.accumulation_schedule import AccumulationSchedule
 from lightning_llm.callbacks.dynamic_batch_scaler import DynamicBatchScaler
+from lightning_llm.callbacks.gradient_noise_scale import GradientNoiseScale
 from lightning_llm.callbacks.huggingface_checkpoint import HuggingFaceCheckpoint
 from lightning_llm.callbacks.learning_rate_scaling import LearningRateScaling
 from lightning_llm.callbacks.pieces.rows import CannotSplit
@@ -13,6 +14,7 @@ __all__ = [
     "AccumulationSchedule",
     "CannotSplit",
     "DynamicBatchScaler",
+    "GradientNoiseScale",
     "HuggingFaceCheckpoint",
     "LearningRateScaling",
     "TokenThroughput",

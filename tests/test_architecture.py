@@ -18,7 +18,8 @@ SOURCES = sorted(
 )
 PURE = [
     *("lightning_llm/duration.py", "lightning_llm/schedule.py", "lightning_llm/loss.py"),
-    *("lightning_llm/chunked_loss.py", "lightning_llm/logit_tiles.py"),
+    *("lightning_llm/chunked_loss.py", "lightning_llm/logit_tiles.py", "lightning_llm/noise_scale.py"),
+    *("callbacks/noise/parts.py", "callbacks/noise/watch.py"),
     *("callbacks/pieces/limits.py", "callbacks/pieces/cutting.py", "callbacks/pieces/rows.py"),
     *("datamodules/windows.py", "datamodules/packing.py", "datamodules/order.py", "datamodules/collate.py"),
     *("datamodules/mixture.py", "datamodules/document_windows.py", "datamodules/rows.py"),
@@ -30,6 +31,7 @@ MODULES = sorted(
     for package in (
         "lightning_llm",
         "lightning_llm.callbacks",
+        "lightning_llm.callbacks.noise",
         "lightning_llm.callbacks.pieces",
         "lightning_llm.context_parallel",
         "lightning_llm.datamodules",

@@ -96,7 +96,7 @@ class GradientNoiseScale(L.Callback):
         self.precondition = precondition
         self.consecutive = consecutive
         self.token_fn = token_fn or _label_tokens
-        self.sequence_fn = sequence_fn or num_samples
+        self.sequence_fn = sequence_fn or _rows
         self.log_prefix = log_prefix
         self._averages = self._fresh_averages(num_groups=0)
         self._watch: GradientWatch | None = None
@@ -182,7 +182,7 @@ class GradientNoiseScale(L.Callback):
             self._average(step)
         elif step.number == 1 and self.consecutive and trainer.world_size == 1:
             self._compare_with_previous(trainer, step)
-        elif trainer.world_size == 1 and not self._has_warned:
+        elif trainer.world_size == 1 and not self._has_warned and self.noise_scale_sequences is None:
             self._has_warned = True
             rank_zero_warn(_ONE_PART)
         if self.log_prefix is not None and (values := self._values_to_log()):
@@ -248,8 +248,13 @@ class GradientNoiseScale(L.Callback):
         return {unit: [NoiseScaleAverage(self.smoothing) for _ in range(1 + num_groups)] for unit in _UNITS}
 
     def _note(self, batch: Any, outputs: Any) -> None:
-        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
-        self._part = Part(loss, (self.token_fn(batch, outputs), self.sequence_fn(batch)))
+        sizes = (self.token_fn(batch, outputs), self.sequence_fn(batch))
+        if sizes == (None, None):
+            raise TypeError(
+                f"GradientNoiseScale can count neither the tokens nor the sequences of a {type(batch).__name__}. "
+                f"Return `num_tokens` from training_step, or pass token_fn=lambda batch, outputs: ... or sequence_fn."
+            )
+        self._part = Part(outputs["loss"] if isinstance(outputs, Mapping) else outputs, sizes)
 
     def _stop(self) -> None:
         if self._leave is not None:
@@ -340,6 +345,13 @@ def _label_tokens(batch: Any, outputs: Any) -> Any:
         return outputs["num_tokens"]
     try:
         return num_label_tokens(batch)
+    except TypeError:
+        return None
+
+
+def _rows(batch: Any) -> int | None:
+    try:
+        return num_samples(batch)
     except TypeError:
         return None
 

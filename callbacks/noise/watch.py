@@ -189,8 +189,9 @@ class GradientWatch:
                 f"precondition=False."
             )
         settings = self._optimizer.param_groups[group]
-        moment = state["exp_avg_sq"]
-        root = (moment / (1 - self._betas[group] ** state["step"])).sqrt_().add_(settings["eps"])
+        moment, steps = state["exp_avg_sq"], torch.as_tensor(state["step"])
+        lost = self._betas[group] ** steps.to(_exact(steps.device))  # its share of the average that starts from 0
+        root = (moment / (1 - lost)).sqrt_().add_(settings["eps"])
         return torch.where(moment > 0, gradient / root, 0.0)
 
 

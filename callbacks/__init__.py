@@ -3,6 +3,7 @@
 from lightning_llm.callbacks.accumulation_schedule import AccumulationSchedule
 from lightning_llm.callbacks.adaptive_accumulation import AdaptiveAccumulation
 from lightning_llm.callbacks.dynamic_batch_scaler import DynamicBatchScaler
+from lightning_llm.callbacks.gradient_noise_scale import GradientNoiseScale
 from lightning_llm.callbacks.huggingface_checkpoint import HuggingFaceCheckpoint
 from lightning_llm.callbacks.learning_rate_scaling import LearningRateScaling
 from lightning_llm.callbacks.pieces.rows import CannotSplit
@@ -16,6 +17,7 @@ __all__ = [
     "AdaptiveAccumulation",
     "CannotSplit",
     "DynamicBatchScaler",
+    "GradientNoiseScale",
     "HuggingFaceCheckpoint",
     "LearningRateScaling",
     "SequenceLengthSchedule",

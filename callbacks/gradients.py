@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,3 +28,28 @@ def scale_gradients(optimizer: torch.optim.Optimizer, factor: float) -> None:
             groups.setdefault((type(gradient), gradient.device, gradient.dtype), []).append(gradient)
     for gradients in groups.values():
         torch._foreach_mul_(gradients, factor)
+
+
+@torch.no_grad()
+def gradient_norms(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """The norm of each gradient, shape (), in float32 at least; of a sharded one the norm of this rank's shard."""
+    norms: list[Tensor] = [torch.empty(0)] * len(gradients)
+    groups: dict[Any, tuple[list[int], list[Tensor]]] = {}
+    for index, gradient in enumerate(gradients):
+        values = _values(gradient)
+        indices, group = groups.setdefault((values.device, values.dtype), ([], []))
+        indices.append(index)
+        group.append(values)
+    for (_, dtype), (indices, group) in groups.items():
+        found = torch._foreach_norm(group, 2, dtype=torch.promote_types(dtype, torch.float32))
+        for index, norm in zip(indices, found, strict=True):
+            norms[index] = norm
+    return norms
+
+
+def _values(gradient: Tensor) -> Tensor:
+    """What a gradient's norm is that of: the rows of a sparse one, each once; the local part of a sharded one."""
+    if gradient.is_sparse:
+        return gradient.coalesce().values()
+    local: Tensor = getattr(gradient, "_local_tensor", gradient)
+    return local

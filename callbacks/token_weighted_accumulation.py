@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from lightning_llm.callbacks.counting import num_samples
 from lightning_llm.callbacks.gradients import parameters_of, scale_gradients
+from lightning_llm.callbacks.step_outputs import listen_to_training_step
 from lightning_llm.parallel import data_parallel_size
 
 
@@ -109,7 +109,7 @@ class TokenWeightedAccumulation(L.Callback):
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         callbacks.remove(self)
         callbacks.insert(0, self)
-        self._listen(pl_module)
+        self._unpatch = listen_to_training_step(pl_module, self._note)
 
     def on_before_zero_grad(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
@@ -135,10 +135,14 @@ class TokenWeightedAccumulation(L.Callback):
         self.last_weight = self._current.weight
         self._current = None
 
-    def on_backward_failed(self) -> None:
-        """Whoever took back a failed backward says so: if it was the window's first, another weight counts as one."""
+    def on_backward_failed(self, is_taken_back: bool) -> None:
+        """Whoever catches a failed backward says so.
+
+        Args:
+            is_taken_back: It left no gradient: if it was the window's first, another weight may count as one.
+        """
         self._current = None
-        if not self._added:
+        if is_taken_back and not self._added:
             self._window_unit = None
 
     def on_before_optimizer_step(
@@ -185,26 +189,8 @@ class TokenWeightedAccumulation(L.Callback):
 
     # ---- details -------------------------------------------------------------------------------------------------
 
-    def _listen(self, pl_module: L.LightningModule) -> None:
-        """Wrap ``training_step``: no hook before backward is given what it returns."""
-        inner = pl_module.training_step
-
-        @functools.wraps(inner)
-        def training_step(*args: Any, **kwargs: Any) -> Any:  # its docstring is the wrapped one's
-            outputs = inner(*args, **kwargs)
-            if outputs is not None:
-                batch = args[0] if args else next(iter(kwargs.values()), None)
-                self._current = self._read(batch, outputs)
-            return outputs
-
-        def unpatch() -> None:
-            pl_module.__dict__.pop("training_step", None)
-            if was_own is not None:
-                pl_module.__dict__["training_step"] = was_own
-
-        was_own = pl_module.__dict__.get("training_step")
-        pl_module.__dict__["training_step"] = training_step
-        self._unpatch = unpatch
+    def _note(self, batch: Any, outputs: Any) -> None:
+        self._current = self._read(batch, outputs)
 
     def _stop_listening(self) -> None:
         if self._unpatch is not None:

@@ -18,16 +18,12 @@ SOURCES = sorted(
 )
 PURE = [
     *("lightning_llm/duration.py", "lightning_llm/schedule.py", "lightning_llm/loss.py"),
-    *("lightning_llm/ramps.py", "lightning_llm/seesaw.py", "lightning_llm/decay.py"),
+    *("lightning_llm/ramps.py", "lightning_llm/seesaw.py", "lightning_llm/decay.py", "lightning_llm/noise_scale.py"),
     *("lightning_llm/chunked_loss.py", "lightning_llm/logit_tiles.py"),
+    *("callbacks/noise/parts.py", "callbacks/noise/watch.py"),
     *("callbacks/pieces/limits.py", "callbacks/pieces/cutting.py", "callbacks/pieces/rows.py"),
     *("datamodules/windows.py", "datamodules/packing.py", "datamodules/order.py", "datamodules/collate.py"),
-    *(
-        "datamodules/mixture.py",
-        "datamodules/document_windows.py",
-        "datamodules/rows.py",
-        "datamodules/shorter_rows.py",
-    ),
+    *(f"datamodules/{name}.py" for name in ("mixture", "document_windows", "rows", "shorter_rows")),
     *(f"datamodules/batches/{name}.py" for name in ("plan", "budget", "budget_plan", "global_batch_plan", "settings")),
     *(f"datamodules/questions/{name}.py" for name in ("question_windows", "question_answering", "answers")),
 ]
@@ -36,6 +32,7 @@ MODULES = sorted(
     for package in (
         "lightning_llm",
         "lightning_llm.callbacks",
+        "lightning_llm.callbacks.noise",
         "lightning_llm.callbacks.pieces",
         "lightning_llm.context_parallel",
         "lightning_llm.datamodules",

@@ -97,8 +97,7 @@ class TrainingPieces(PieceRunner):
             state.begun = outcome.added
         parts = self.smaller(task.piece, outcome.error, task.is_retry)
         skip = task.skip | outcome.added
-        if not skip and hasattr(self._weighting, "on_backward_failed"):
-            self._weighting.on_backward_failed()
+        self._announce_failure(is_taken_back=not skip)
         if not state.done and not skip:
             plan = self.plan(state.whole)[0]
             if max(piece.cost for piece in plan) < task.piece.cost:
@@ -114,6 +113,13 @@ class TrainingPieces(PieceRunner):
         """The callback that weights each backward, if there is one; it counts pieces as it counts micro-batches."""
         callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         return next((c for c in callbacks if getattr(c, "normalizes_gradients", False)), None)
+
+    def _announce_failure(self, is_taken_back: bool) -> None:
+        """Tell the callbacks that care: a backward that they saw begin has not ended."""
+        callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks:
+            if hasattr(callback, "on_backward_failed"):
+                callback.on_backward_failed(is_taken_back)
 
     def _attempt(
         self,

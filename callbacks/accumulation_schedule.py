@@ -112,7 +112,8 @@ class AccumulationSchedule(ExactWindows):
         if missing:
             raise ValueError(
                 f"The length of the run depends on its {missing[0]}, which {type(loader).__name__} does not tell "
-                f"beforehand. Set Trainer(max_steps=...), or use a learning-rate schedule that needs no length."
+                f"beforehand. Set Trainer(max_steps=...), or use a learning-rate schedule by tokens "
+                f"(LLMModule(lr_schedule_length='2B tokens')) or one that needs no length."
             )
         step, position, end = 0, 0, num_batches * max_epochs
         while position < end and step != trainer.max_steps:

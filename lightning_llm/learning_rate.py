@@ -57,9 +57,10 @@ def make_schedule(
     unit, total = ("steps", total_steps) if total_tokens is None else ("tokens", total_tokens)
     _check_length(name, warmup, total)
     inner_warmup = {unit: warmup.value, "run": warmup.value * total if warmup.unit == "run" else 0.0}
-    schedule = _make(
-        name, optimizer, round(inner_warmup.get(warmup.unit, 0.0)), int(total) if total < math.inf else None, options
-    )
+    length, warm = (total if total < math.inf else None), inner_warmup.get(warmup.unit, 0.0)
+    if unit == "steps":
+        length, warm = (None if length is None else int(length)), round(warm)
+    schedule = _make(name, optimizer, warm, length, options)
     if isinstance(schedule, ReduceLROnPlateau):
         if warmup.value:
             raise ValueError(f"The schedule {name!r} has no warm-up, but got warmup='{warmup}'. Set it to 0.")
@@ -97,12 +98,11 @@ def _check_length(name: str, warmup: Duration, total: float) -> None:
 
 
 def _make(
-    name: str, optimizer: Optimizer, warmup: int, total: int | None, options: dict[str, Any] | None
+    name: str, optimizer: Optimizer, warmup: Any, total: Any, options: dict[str, Any] | None
 ) -> LRScheduler | ReduceLROnPlateau:
     """The schedule, in whatever unit its numbers are."""
     try:
         if name == "quarter_cosine":
-            assert total is not None
             return _quarter_cosine(optimizer, warmup, total, **(options or {}))
         schedule: LRScheduler | ReduceLROnPlateau = get_scheduler(
             name,
@@ -117,7 +117,7 @@ def _make(
 
 
 def _quarter_cosine(
-    optimizer: Optimizer, num_warmup_steps: int, num_training_steps: int, min_lr_rate: float = 0.0
+    optimizer: Optimizer, num_warmup_steps: float, num_training_steps: float, min_lr_rate: float = 0.0
 ) -> LambdaLR:
     def factor(step: float) -> float:
         if step < num_warmup_steps:

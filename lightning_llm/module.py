@@ -55,7 +55,8 @@ class LLMModule(L.LightningModule):
         betas: Decay rates of AdamW's two averages; those of another optimizer stand in ``optimizer_options``.
         eps: Added to the denominator of AdamW's update.
         optimizer: ``adamw``, in one fused kernel where it can be; another of torch's by its name (``sgd``); one of the
-            package pytorch-optimizer (``lamb``, ``lars``, ``lion``, ...); or the import path of a class.
+            package pytorch-optimizer (``lamb``, ``lars``, ``lion``, ...); or the import path of a class. Not all of
+            that package step sharded parameters (FSDP2): ``lars`` does with ``{"foreach": False}``, ``lamb`` does not.
         optimizer_options: Further arguments of the optimizer, for instance ``{"momentum": 0.9}``.
         lr_schedule: Name of a transformers schedule: ``linear``, ``cosine``, ``constant``, ``cosine_with_min_lr``,
             ``warmup_stable_decay``, ``inverse_sqrt``, ...; or ``quarter_cosine``.

@@ -229,7 +229,7 @@ def resumable(config, quiet_trainer, callbacks, checkpoint=None):
 
 
 def test_resume_around_each_change_is_bitwise_the_uninterrupted_run(tiny_gpt2, quiet_trainer, tmp_path):
-    saves = [2, 3, 4, 5, 6, 7, 8, 10, 12, 17, 21, 22, 23, 30]
+    saves = [2, 3, 5, 8, 12, 21, 22, 23]
     first, watch = adaptive(), Watch(tmp_path, saves)
     whole = resumable(tiny_gpt2, quiet_trainer, [Planted(curve), first, watch])
     ends = [sum(watch.sizes[: step + 1]) // 2 for step in range(len(watch.sizes))]
@@ -251,7 +251,7 @@ def test_two_ranks_decide_and_resume_as_one(run_ranks):
     assert sum(rule in ("grow", "shrink") for _, rule in first["decisions"]) >= 2
     assert first["sizes"] == second["sizes"]
     assert first["error"] < 1e-12
-    assert first["resumed"] == second["resumed"] == [True] * 3
+    assert first["resumed"] == second["resumed"] == [True] * 2
 
 
 # ---- a data module that makes the batches ----------------------------------------------------------------------------
@@ -288,7 +288,7 @@ def test_a_data_modules_global_batch_is_driven_and_resumed(tmp_path):
         batches = made[0].batches
         known = [batch for batch, size in zip(batches, sizes, strict=True) if batch == size]
         assert len(known) >= len(sizes) - 2  # an epoch's short last step is no other batch
-        for save in ("step3", "step4", "step5", "step9", "step11", "batch7", "batch9", "batch21"):
+        for save in ("step4", "step9", "batch9") if workers else ("step3", "step5", "step11", "batch7", "batch21"):
             again = callbacks()
             rest, resumed = run(
                 folder, "again", data=data, accumulate=2, callbacks=again, resume=folder / f"{save}.ckpt"

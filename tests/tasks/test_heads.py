@@ -1,0 +1,49 @@
+"""Every head: transformers' own loss and gradient, and the same for any cut of the batch."""
+
+import pytest
+import torch
+from task_models import CASES, batch_of
+
+TOLERANCE = 1e-12
+EVERY = pytest.mark.parametrize("name", CASES)
+
+
+def gradient_of(module, value):
+    module.zero_grad()
+    value.backward()
+    return torch.cat([p.grad.flatten() for p in module.model.parameters() if p.grad is not None])
+
+
+def distance(found, truth):
+    return float((found - truth).norm() / truth.norm())
+
+
+def part_of(batch, rows):
+    return {key: value[rows] for key, value in batch.items()}
+
+
+@EVERY
+def test_mean_loss_and_gradient_are_those_of_transformers(name):
+    case = CASES[name]
+    module, batch = case.module(), batch_of(case.rows(7))
+    own = module.model(**{key: value for key, value in batch.items() if key != "row_ids"}).loss
+    truth = gradient_of(module, own)
+    output = module.training_step(batch, 0)
+    assert own.dtype == torch.float64
+    assert output["loss"].item() == pytest.approx(own.item(), rel=TOLERANCE)
+    assert distance(gradient_of(module, output["loss"]), truth) < TOLERANCE
+
+
+@EVERY
+def test_any_cut_of_a_batch_has_its_gradient_and_a_mean_of_means_has_not(name):
+    case = CASES[name]
+    module, batch = case.module(), batch_of(case.rows(7))
+    truth = gradient_of(module, module.training_step(batch, 0)["loss"])
+    parts = [part_of(batch, slice(a, b)) for a, b in [(0, 1), (1, 3), (3, 7)]]
+    losses = [module.task.loss(module.model, part) for part in parts]
+    whole = module.task.loss(module.model, batch)
+    assert sum(loss.num_tokens for loss in losses) == whole.num_tokens
+    weighted = sum(loss.total for loss in losses) / sum(loss.num_tokens for loss in losses)
+    assert distance(gradient_of(module, weighted), truth) < TOLERANCE
+    mean_of_means = sum(module.task.loss(module.model, part).mean for part in parts) / 3
+    assert distance(gradient_of(module, mean_of_means), truth) > 1e-3

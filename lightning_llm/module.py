@@ -349,12 +349,6 @@ class LLMModule(L.LightningModule):
 
     # ---- training ------------------------------------------------------------------------------------------------
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Look into labels while they are on the host, where that makes no device wait."""
-        if isinstance(batch, Mapping) and self.device.type != "cpu":
-            self.task.check(batch, self.config)
-        return batch
-
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Mean loss over the batch's targets (nats; of numbers, squared), and how many there are."""
         with self._offloaded():
@@ -464,6 +458,16 @@ class LLMModule(L.LightningModule):
         if self.model is None:
             raise RuntimeError("The model is not built yet: the Trainer builds it, or call `configure_model()` first.")
         return self.model
+
+    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
+        """Look into labels while they are on the host: a device would have to be waited for.
+
+        Lightning's own place for it; the public hook would warn beside every data module, and give way to its own.
+        """
+        batch = super()._on_before_batch_transfer(batch, dataloader_idx)
+        if isinstance(batch, Mapping) and self.device.type != "cpu":
+            self.task.check(batch, self.config)
+        return batch
 
     def _checked(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """The batch as the model may see it."""

@@ -18,31 +18,76 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 BERT = {"model_type": "bert", **SIZES, **NO_DROPOUT, "intermediate_size": 32, "max_position_embeddings": 40}
 ROBERTA = {**BERT, "model_type": "roberta", "pad_token_id": 1}
 DISTILBERT = {
-    **{"model_type": "distilbert", "vocab_size": VOCAB, "dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2},
-    **{"max_position_embeddings": 40, "dropout": 0.0, "attention_dropout": 0.0},
-    **{"qa_dropout": 0.0, "seq_classif_dropout": 0.0},
+    "model_type": "distilbert",
+    "vocab_size": VOCAB,
+    "dim": 16,
+    "hidden_dim": 32,
+    "n_layers": 2,
+    "n_heads": 2,
+    "max_position_embeddings": 40,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "qa_dropout": 0.0,
+    "seq_classif_dropout": 0.0,
 }
 LLAMA = {"model_type": "llama", **SIZES, "intermediate_size": 32, "max_position_embeddings": 40, "pad_token_id": 0}
 T5 = {
-    **{"model_type": "t5", "vocab_size": VOCAB, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2},
-    **{"dropout_rate": 0.0},
+    "model_type": "t5",
+    "vocab_size": VOCAB,
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 32,
+    "num_layers": 2,
+    "num_heads": 2,
+    "dropout_rate": 0.0,
 }
 BART = {
-    **{"model_type": "bart", "vocab_size": VOCAB, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2},
-    **{"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32},
-    **{"max_position_embeddings": 40, "dropout": 0.0, "pad_token_id": 1, "eos_token_id": 2, "bos_token_id": 0},
+    "model_type": "bart",
+    "vocab_size": VOCAB,
+    "d_model": 16,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "max_position_embeddings": 40,
+    "dropout": 0.0,
+    "pad_token_id": 1,
+    "eos_token_id": 2,
+    "bos_token_id": 0,
 }
 VIT = {
-    **{"model_type": "vit", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2},
-    **{"intermediate_size": 32, "image_size": 8, "patch_size": 4, **NO_DROPOUT},
+    "model_type": "vit",
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "image_size": 8,
+    "patch_size": 4,
+    **NO_DROPOUT,
 }
 WAV2VEC2 = {
-    **{"model_type": "wav2vec2", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2},
-    **{"intermediate_size": 32, "conv_dim": [8, 8], "conv_kernel": [4, 4], "conv_stride": [2, 2]},
-    **{"num_feat_extract_layers": 2, "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2},
-    **{"feat_extract_norm": "layer", "apply_spec_augment": False, "layerdrop": 0.0, "hidden_dropout": 0.0},
-    **{"attention_dropout": 0.0, "activation_dropout": 0.0, "feat_proj_dropout": 0.0, "final_dropout": 0.0},
-    **{"classifier_proj_size": 8},
+    "model_type": "wav2vec2",
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "conv_dim": [8, 8],
+    "conv_kernel": [4, 4],
+    "conv_stride": [2, 2],
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 8,
+    "num_conv_pos_embedding_groups": 2,
+    "feat_extract_norm": "layer",
+    "apply_spec_augment": False,
+    "layerdrop": 0.0,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
+    "feat_proj_dropout": 0.0,
+    "final_dropout": 0.0,
+    "classifier_proj_size": 8,
 }
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 
@@ -154,3 +199,9 @@ CASES = {
     "images": Case("image-classification", VIT, _one_class, {"labels": ["cat", "dog", "cow"]}),
     "audio": Case("audio-classification", WAV2VEC2, _one_class, {"labels": ["yes", "no", "up"]}),
 }
+
+
+def padded(rows: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """All rows as long as the longest of all: batches of them differ in nothing else."""
+    whole = batch_of(rows)
+    return [{key: value[index] for key, value in whole.items()} for index in range(len(rows))]

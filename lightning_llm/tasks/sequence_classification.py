@@ -44,6 +44,7 @@ class SequenceClassification(HeadTask):
             raise ValueError(f"`problem_type` must be one of {', '.join(get_args(ProblemType))}, not {problem_type!r}.")
         super().__init__(loss_kernel)
         self._given: str | None = problem_type
+        self._of_model: str | None = ""  # not looked at yet
         self.problem_type: str = problem_type or "single_label_classification"
         self.num_labels = 2
 
@@ -61,7 +62,9 @@ class SequenceClassification(HeadTask):
         if agreed is not None:
             set_labels(config, agreed, is_built=is_built)
         self.num_labels = int(any_config.num_labels)
-        known = self._given or getattr(datamodule, "problem_type", None) or any_config.problem_type
+        if self._of_model == "":  # what is written below is no word of the model's own
+            self._of_model = any_config.problem_type
+        known = self._given or getattr(datamodule, "problem_type", None) or self._of_model
         self.problem_type = known or ("regression" if self.num_labels == 1 else "single_label_classification")
         any_config.problem_type = self.problem_type
         tokenizer = getattr(datamodule, "tokenizer", None)

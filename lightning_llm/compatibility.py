@@ -44,6 +44,11 @@ def check_vocabulary(config: PretrainedConfig, tokenizer: Any) -> None:
 
 
 def take_special_tokens(config: PretrainedConfig, tokenizer: Any) -> None:
-    """Give the configuration of random weights the tokenizer's special tokens: such weights know none."""
+    """Give the configuration of random weights the tokenizer's special tokens, as such weights know none.
+
+    Args:
+        config: Changed in place.
+        tokenizer: With ``bos_token_id``, ``eos_token_id``, ``pad_token_id``, or some of them.
+    """
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name, None))

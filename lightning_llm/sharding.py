@@ -78,11 +78,20 @@ def mesh_to_shard(mesh: DeviceMesh, source: Any, shares_rows: bool) -> DeviceMes
 
 
 def shard_layers(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Make each of the model's repeated layers a sharded unit, then the rest of the model one more."""
+    """Make each of the model's repeated layers a sharded unit, then the rest of the model one more.
+
+    Embeddings whose weights are an output head's too stay in the rest, with the head.
+    """
     names = set(getattr(model, "_no_split_modules", None) or ())
+    holders: dict[nn.Parameter, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(parameter, []).append(module)
     for module in model.modules():
         if type(module).__name__ in names:
-            fully_shard(module, mesh=mesh)
+            inside = set(module.modules())
+            if all(inside.issuperset(holders[parameter]) for parameter in module.parameters()):
+                fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 

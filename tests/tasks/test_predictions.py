@@ -88,7 +88,7 @@ def test_labels_are_looked_into_on_the_host_before_they_go_to_a_device(monkeypat
     monkeypatch.setattr(type(module), "device", torch.device("cuda"))
     batch["labels"][3] = -1
     with pytest.raises(ValueError, match=r"row_id 103.* has -1"):
-        module._apply_batch_transfer_handler(batch, torch.device("cpu"))
+        module._on_before_batch_transfer(batch)
 
 
 def test_lightning_calls_what_looks_into_labels_before_each_transfer(quiet_trainer):

@@ -49,7 +49,7 @@ def main(folder: Path, names: list[str]) -> None:
         truth, true_metrics = run_alone(case, [cut(step) for step in steps])
         start = weights_of(case.module())
         found, metrics = run([TokenWeightedAccumulation()])
-        plain, _ = run([]) if name in names[:2] else (start, None)
+        plain, _ = run([]) if name in names[:2] else (start, None)  # the control takes its time
         moved = (truth - start).norm()
         result[name] = {
             "error": float((found - truth).norm() / moved),

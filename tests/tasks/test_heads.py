@@ -75,3 +75,28 @@ def test_adapters_train_with_transformers_own_loss(name):
     assert loss.item() == pytest.approx(own.item(), rel=TOLERANCE)
     loss.backward()
     assert {name.split(".")[-2] for name, p in adapted.named_parameters() if p.grad is not None} == {"default"}
+
+
+def test_answers_beyond_the_row_or_before_it_are_clamped_as_transformers_does():
+    module, batch = CASES["answers, bert"].module(), batch_of(CASES["answers, bert"].rows(4))
+    length = batch["input_ids"].shape[1]
+    batch["start_positions"] = torch.tensor([-7, 2, length, length - 1])
+    batch["end_positions"] = torch.tensor([1, length + 9, 3, length - 1])
+    own = module.model(**{key: value for key, value in batch.items() if key != "row_ids"}).loss
+    output = module.training_step(batch, 0)
+    assert output["num_tokens"] == 6  # three starts, three ends, of different rows
+    assert output["loss"].item() == pytest.approx(own.item(), rel=TOLERANCE)
+
+
+def test_where_texts_are_cut_within_answers_every_cut_has_one_gradient_unlike_transformers_own():
+    module, batch = CASES["answers, bert"].module(), batch_of(CASES["answers, bert"].rows(4))
+    batch["start_positions"] = torch.tensor([1, 2, 3, 4])
+    batch["end_positions"] = torch.tensor([400, 400, 3, 400])  # four starts, one end
+    truth = gradient_of(module, module.training_step(batch, 0)["loss"])
+    parts = [part_of(batch, slice(a, b)) for a, b in [(0, 1), (1, 4)]]
+    losses = [module.task.loss(module.model, part) for part in parts]
+    weighted = sum(loss.total for loss in losses) / sum(loss.num_tokens for loss in losses)
+    assert weighted.item() == pytest.approx(module.training_step(batch, 0)["loss"].item(), rel=TOLERANCE)
+    assert distance(gradient_of(module, weighted), truth) < TOLERANCE
+    own = module.model(**{key: value for key, value in batch.items() if key != "row_ids"}).loss
+    assert abs(own.item() - weighted.item()) > 1e-3  # each start weighs a quarter of what the end does

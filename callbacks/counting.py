@@ -40,9 +40,10 @@ def num_label_tokens(batch: Any) -> Tensor:
         TypeError: If the batch is of another kind.
     """
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    if not isinstance(labels, Tensor):
+    if not isinstance(labels, Tensor) or labels.ndim < 2:
+        kind = type(batch).__name__ if labels is None else f"labels of shape {tuple(getattr(labels, 'shape', ()))}"
         raise TypeError(
-            f"Label tokens are counted in mappings with a tensor `labels`, but got {type(batch).__name__}. Pass "
+            f"Label tokens are counted in mappings with a tensor `labels` (batch, seq), but got {kind}. Pass "
             f"token_fn=lambda batch: ..., or count sequences instead."
         )
     return (labels[..., 1:] != IGNORE_INDEX).sum()

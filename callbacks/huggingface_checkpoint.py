@@ -15,6 +15,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
+# What a data module may have; a processor holds the others.
+_PROCESSORS = ("processor", "tokenizer", "image_processor", "feature_extractor")
+
 
 def improves(value: float, best: float | None, mode: Literal["min", "max"]) -> bool:
     """Whether a score is better than the best so far; NaN never is."""
@@ -35,7 +38,8 @@ class HuggingFaceCheckpoint(L.Callback):
         monitor: The metric that chooses ``best``; None writes ``last`` only.
         mode: ``min`` or ``max`` of the metric is best.
         every_n_steps: Write ``last`` each n optimizer steps too, not only after each validation and at the end.
-        tokenizer: Written into each folder; the data module's ``tokenizer`` if None.
+        tokenizer: Written into each folder, so that ``pipeline`` finds it; of images or sounds their processor. The
+            data module's ``processor``, ``tokenizer``, ``image_processor`` or ``feature_extractor`` if None.
 
     Raises:
         ValueError: If the metric is not logged, or the strategy keeps parameters where they cannot be gathered.
@@ -148,7 +152,9 @@ class HuggingFaceCheckpoint(L.Callback):
         assert self.dirpath is not None
         weights = _gathered_weights(model)
         if trainer.is_global_zero:
-            tokenizer = self.tokenizer or getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+            datamodule = getattr(trainer, "datamodule", None)
+            found = (getattr(datamodule, name, None) for name in _PROCESSORS)
+            tokenizer = self.tokenizer or next((processor for processor in found if processor is not None), None)
             write_folder(model, weights, tokenizer, self.dirpath, trainer.global_step, links)
         self._saved_step = trainer.global_step
         trainer.strategy.barrier("HuggingFaceCheckpoint")

@@ -118,7 +118,7 @@ def _names_data_class(arguments: Sequence[str]) -> bool:
 
 
 def write_predictions(trainer: Any) -> Path:
-    """Write the scores of ``Trainer.predict`` as jsonl: a line per row with ``row_id``, ``nll``, ``num_tokens``.
+    """Write what ``Trainer.predict`` gave as jsonl: a line per row with ``row_id`` and the task's scores.
 
     Returns:
         The file, in the logger's folder.
@@ -128,7 +128,10 @@ def write_predictions(trainer: Any) -> Path:
     path = folder / "predictions.jsonl"
     with path.open("w") as file:
         for batch in trainer.predict_loop.predictions or []:
-            columns = {("row_id" if key == "row_ids" else key): value.tolist() for key, value in batch.items()}
+            columns = {
+                ("row_id" if key == "row_ids" else key): value.tolist() if hasattr(value, "tolist") else value
+                for key, value in batch.items()
+            }
             for values in zip(*columns.values(), strict=True):
                 file.write(json.dumps(dict(zip(columns, values, strict=True))) + "\n")
     return path

@@ -41,3 +41,14 @@ def check_vocabulary(config: PretrainedConfig, tokenizer: Any) -> None:
             f"(vocab_size). Use the model's own tokenizer, set `vocab_size: {len(tokenizer)}` in the model's "
             f"configuration, or call `model.resize_token_embeddings({len(tokenizer)})` and pass the built model."
         )
+
+
+def take_special_tokens(config: PretrainedConfig, tokenizer: Any) -> None:
+    """Give the configuration of random weights the tokenizer's special tokens, as such weights know none.
+
+    Args:
+        config: Changed in place.
+        tokenizer: With ``bos_token_id``, ``eos_token_id``, ``pad_token_id``, or some of them.
+    """
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name, None))

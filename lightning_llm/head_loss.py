@@ -118,7 +118,7 @@ def call_head(model: nn.Module, inputs: Mapping[str, Any], of_head: HeadFunction
     """
     if torch.compiler.is_compiling():  # the compiler sees what logits are for; it would stumble over what follows
         return None
-    base = _unwrap(model)
+    base = unwrapped(model)
     head: Any = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     logit_map: LogitMap | str | None = _reason_against(model, base, head)
     if logit_map is None:
@@ -155,6 +155,12 @@ def call_head(model: nn.Module, inputs: Mapping[str, Any], of_head: HeadFunction
     return result
 
 
+def unwrapped(model: nn.Module) -> Any:
+    """The transformers model in DDP and PEFT, or by itself."""
+    inner: Any = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
 def known_logit_map(head: nn.Module) -> LogitMap | None:
     """What a model does to the output of its head, if that has been measured and is such a map."""
     found = _MEASURED.get(head)
@@ -178,12 +184,6 @@ def _head_as(head: Any, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
         yield
     finally:
         del head.forward
-
-
-def _unwrap(model: nn.Module) -> Any:
-    """The transformers model in DDP and PEFT."""
-    inner: Any = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 def _reason_against(model: nn.Module, base: Any, head: Any) -> str | None:

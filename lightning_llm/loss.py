@@ -25,7 +25,7 @@ class TokenLoss(NamedTuple):
 
     Attributes:
         total: Negative log-likelihood in nats, summed over the label tokens; shape (), float32 or float64.
-        num_tokens: Number of label tokens; shape (), int64.
+        num_tokens: Number of label tokens; shape (), int64. Of other tasks the number of their targets: rows, values.
     """
 
     total: Tensor
@@ -66,7 +66,7 @@ def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
     """
     targets = shift_labels(labels)
     return F.cross_entropy(
-        _accumulation_dtype(logits).flatten(0, -2),
+        accumulation_dtype(logits).flatten(0, -2),
         targets.flatten(),
         ignore_index=IGNORE_INDEX,
         reduction="none",
@@ -90,7 +90,25 @@ def token_cross_entropy(logits: Tensor, labels: Tensor) -> TokenLoss:
         >>> round(loss.total.item(), 4), loss.num_tokens.item()  # log 4: one target, four equal choices
         (1.3863, 1)
     """
-    targets = shift_labels(labels).flatten()
+    return class_cross_entropy(logits, shift_labels(labels))
+
+
+def class_cross_entropy(logits: Tensor, targets: Tensor) -> TokenLoss:
+    r"""Cross-entropy summed over targets that stand beside their predictions, :math:`\sum_i -\log p_i(y_i)`.
+
+    Args:
+        logits: (..., classes), any float type; half types are computed in float32.
+        targets: (...) int64, -100 where there is none.
+
+    Returns:
+        The sum in nats and the number of targets, both of shape (); 0 with a graph where there is none.
+
+    Example:
+        >>> loss = class_cross_entropy(torch.zeros(3, 4), torch.tensor([0, -100, 3]))
+        >>> round(loss.total.item(), 4), loss.num_tokens.item()
+        (2.7726, 2)
+    """
+    targets = targets.flatten()
     total: Tensor = _SummedNLL.apply(logits.flatten(0, -2), targets)  # type: ignore[no-untyped-call]
     return TokenLoss(total, (targets != IGNORE_INDEX).sum())
 
@@ -107,7 +125,7 @@ class _SummedNLL(torch.autograd.Function):
         """Logits (tokens, vocab), targets (tokens,) with -100 for none; the sum has shape ()."""
         has_target = targets != IGNORE_INDEX
         rows = _slices(logits)
-        log_sums = torch.cat([_accumulation_dtype(logits[part]).logsumexp(-1) for part in rows])
+        log_sums = torch.cat([accumulation_dtype(logits[part]).logsumexp(-1) for part in rows])
         index = targets.masked_fill(~has_target, 0)
         chosen = logits.gather(-1, index[:, None])[:, 0].to(log_sums.dtype)
         ctx.save_for_backward(logits, index, has_target, log_sums)
@@ -119,7 +137,7 @@ class _SummedNLL(torch.autograd.Function):
         logits, index, has_target, log_sums = ctx.saved_tensors
         if torch.is_grad_enabled():  # `create_graph`: the gradient is to be differentiated in turn
             one_hot = F.one_hot(index, logits.shape[-1])
-            gradient = (_accumulation_dtype(logits).softmax(-1) - one_hot) * has_target[:, None] * grad_total
+            gradient = (accumulation_dtype(logits).softmax(-1) - one_hot) * has_target[:, None] * grad_total
             return gradient.to(logits.dtype), None
         gradient = torch.empty_like(logits)
         in_place = logits.dtype == log_sums.dtype  # half types are rounded once, at the end
@@ -139,5 +157,6 @@ def _slices(logits: Tensor) -> list[slice]:
     return [slice(begin, begin + size) for begin in range(0, max(len(logits), 1), size)]
 
 
-def _accumulation_dtype(logits: Tensor) -> Tensor:
+def accumulation_dtype(logits: Tensor) -> Tensor:
+    """The same values in float32, or in float64 where they are so already."""
     return logits if logits.dtype == torch.float64 else logits.float()

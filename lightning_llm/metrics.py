@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -70,16 +70,8 @@ class LanguageModelingMetrics(Metric):
             self.add_state("source_sums", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
-        """Move to a device, but keep the type: a bfloat16 model takes its modules along, and sums would stop growing.
-
-        Apple's devices have no float64; the sums are float32 there.
-        """
-
-        def move(tensor: Tensor) -> Tensor:
-            device = fn(torch.empty(0)).device
-            return (tensor.float() if device.type == "mps" else tensor).to(device)
-
-        return super()._apply(move, *args, **kwargs)
+        """Move to a device, but keep the type: a bfloat16 model takes modules along, and sums would stop growing."""
+        return super()._apply(moves_only(fn), *args, **kwargs)
 
     def update(
         self,
@@ -136,6 +128,19 @@ class LanguageModelingMetrics(Metric):
             if sums[1] > 0:
                 values |= {f"{ratio}/{name}": value for ratio, value in _ratios(*sums).items()}
         return values
+
+
+def moves_only(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What ``Module._apply`` does with a tensor, as far as its device goes; its type stays.
+
+    Apple's devices have no float64; sums are float32 there.
+    """
+
+    def move(tensor: Tensor) -> Tensor:
+        device = fn(torch.empty(0)).device
+        return (tensor.float() if device.type == "mps" and tensor.is_floating_point() else tensor).to(device)
+
+    return move
 
 
 def distinct_names(names: Iterable[str]) -> list[str]:

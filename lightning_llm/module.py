@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from lightning_llm.activation_offload import ActivationOffload, warn_if_on_host
-from lightning_llm.compatibility import check_length, check_vocabulary
-from lightning_llm.context_parallel.mesh import mesh_of_all_ranks, sharing_group
+from lightning_llm.compatibility import check_length, check_vocabulary, take_special_tokens
+from lightning_llm.context_parallel.mesh import sharing_group
 from lightning_llm.duration import Duration
 from lightning_llm.learning_rate import make_schedule
 from lightning_llm.loss import NonFiniteLossError, TokenLoss
@@ -27,7 +27,7 @@ from lightning_llm.planning.of_module import plan_of_trainer, plan_source
 from lightning_llm.planning.plan import Plan
 from lightning_llm.pretrained import build_model, is_complete, resolve_config, resolve_dtype
 from lightning_llm.run_length import tokens_of, total_optimizer_steps
-from lightning_llm.sharding import build_sharded
+from lightning_llm.sharding import build_sharded, mesh_to_shard
 from lightning_llm.step_window import MicroBatch, StepWindow
 from lightning_llm.tasks.choice import choose_task
 from lightning_llm.tasks.context_parallel_causal_lm import ContextParallelCausalLM
@@ -35,21 +35,25 @@ from lightning_llm.tasks.windowed_causal_lm import WindowedCausalLM
 
 
 class LLMModule(L.LightningModule):
-    """A Hugging Face language model to train, validate, test and predict with in any Lightning Trainer.
+    """A Hugging Face model to train, validate, test and predict with in any Lightning Trainer.
 
-    ``training_step`` takes Hugging Face batches (``input_ids``, ``attention_mask``, ``position_ids``, unshifted
-    ``labels``; each (batch, seq)) and returns ``{"loss": mean over label tokens, "num_tokens": how many}``.
+    ``training_step`` takes Hugging Face batches, as transformers' collators make them for the task, and returns
+    ``{"loss": mean over targets, "num_tokens": how many}``: label tokens of language models, rows of classifiers.
 
-    Logged: ``train/loss`` (token mean over the whole optimizer step and all ranks), ``val/loss``,
-    ``val/perplexity``, ``val/bits_per_byte`` (where batches carry ``num_bytes``), ``val/bits_per_word`` and
-    ``val/word_perplexity`` (``num_words``), the same under ``test/``. If the data module has several
-    ``source_names`` and its batches ``source_ids``, one per row, the same is logged for each source, as
-    ``val/loss/<source>`` and so on.
+    Logged: ``train/loss`` (mean over the targets of the whole optimizer step and all ranks), ``val/loss`` and the
+    task's other metrics, the same under ``test/``. For ``causal-lm`` these are ``val/perplexity``,
+    ``val/bits_per_byte`` (where batches carry ``num_bytes``), ``val/bits_per_word`` and ``val/word_perplexity``
+    (``num_words``); if the data module has several ``source_names`` and its batches ``source_ids``, one per row, the
+    same for each source, as ``val/loss/<source>`` and so on.
 
     Args:
         model: A hub id or local folder (pretrained weights), a mapping with ``model_type`` and the fields of a
             transformers configuration (random weights), a ``PretrainedConfig`` (random weights), or a built model.
-        task: What is trained; ``causal-lm``.
+        task: What is trained: ``causal-lm``, ``masked-lm``, ``seq2seq``, ``sequence-classification``,
+            ``token-classification``, ``question-answering``, ``image-classification``, ``audio-classification``.
+        labels: A classifier's classes, names or how many; if None the data module's ``label_names``, else the model's.
+        task_options: What the task takes beside, such as ``{"problem_type": "multi_label_classification"}``; see
+            :mod:`lightning_llm.tasks`.
         learning_rate: Peak learning rate.
         weight_decay: Decoupled weight decay of matrices; biases, norms and other vectors do not decay.
         betas: Decay rates of AdamW's two averages; those of another optimizer stand in ``optimizer_options``.
@@ -121,6 +125,8 @@ class LLMModule(L.LightningModule):
         trust_remote_code: bool = False,
         leaking_packs: Literal["refuse", "unpack"] = "refuse",
         loss_kernel: Literal["chunked", "plain", "liger", "cce"] = "chunked",
+        labels: list[str] | int | None = None,
+        task_options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if model is None:
@@ -134,12 +140,17 @@ class LLMModule(L.LightningModule):
                 "`sequence_window='auto'` chooses checkpointing itself: leave `gradient_checkpointing` out."
             )
         self.task = choose_task(
-            task, loss_kernel, sequence_window=sequence_window, offload=offload, context_parallel=context_parallel
+            *(task, loss_kernel, task_options),
+            sequence_window=sequence_window,
+            offload=offload,
+            context_parallel=context_parallel,
         )
         self.save_hyperparameters(ignore=["model"])
         self.source = model
         self.config = resolve_config(model, trust_remote_code=trust_remote_code)
         self.model: nn.Module | None = model if isinstance(model, nn.Module) else None
+        self.labels = labels
+        self.task.configure(self.config, labels, is_built=self.model is not None)
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.betas = betas
@@ -158,7 +169,6 @@ class LLMModule(L.LightningModule):
         self.trust_remote_code = trust_remote_code
         self.val_metrics = self.task.metrics()
         self.test_metrics = self.task.metrics()
-        self._sources: tuple[str, ...] = ()
         self.tokens_seen = 0
         self._tokens_before = 0  # this run
         self._micro_batch: MicroBatch | None = None
@@ -198,18 +208,17 @@ class LLMModule(L.LightningModule):
             self.task.group = sharing_group(self.device_mesh)
         datamodule = getattr(self.trainer, "datamodule", None)
         tokenizer = getattr(datamodule, "tokenizer", None)
-        if tokenizer is not None:
+        length = getattr(datamodule, "max_length", None)
+        if tokenizer is not None and self.task.reads_tokens:
             check_vocabulary(self.config, tokenizer)
             if isinstance(self.source, (dict, PretrainedConfig)) and not is_complete(self.source):
-                for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # random weights know no special tokens
-                    setattr(self.config, name, getattr(tokenizer, name, None))
+                take_special_tokens(self.config, tokenizer)
+        self.task.configure(self.config, self.labels, datamodule=datamodule, is_built=self.model is not None)
         sources = tuple(getattr(datamodule, "source_names", None) or ())
         sources = sources if len(sources) > 1 else ()  # a single one is the whole
-        if sources != self._sources:  # the metrics' sums have a place for each, on every rank
-            self._sources = sources
-            self.val_metrics, self.test_metrics = (self.task.metrics(sources) for _ in range(2))
-        length = getattr(datamodule, "max_length", None)
-        if length is not None:
+        # The metrics' sums have a place for each source and class, on every rank.
+        self.val_metrics, self.test_metrics = (self.task.metrics(sources) for _ in range(2))
+        if length is not None and self.task.reads_tokens:
             check_length(self.config, length, "the data module's `max_length`")
         if self._plans and stage == "fit":
             self._follow_plan()
@@ -278,10 +287,12 @@ class LLMModule(L.LightningModule):
                 attn_implementation=self.attn_implementation,
                 trust_remote_code=self.trust_remote_code,
                 load_weights=load_weights,
+                fresh_head=self.task.has_labels,
             )
 
         if self.device_mesh is not None:
-            self.model = build_sharded(build, self._data_parallel_mesh(), self._root_device(), self._prepare_layers)
+            mesh = mesh_to_shard(self.device_mesh, self.source, isinstance(self.task, ContextParallelCausalLM))
+            self.model = build_sharded(build, mesh, self._root_device(), self._prepare_layers)
         else:
             with torch.device("cpu"):  # the same random weights for a seed on every accelerator
                 self.model = build(True)
@@ -310,15 +321,22 @@ class LLMModule(L.LightningModule):
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
-        """Continue sequences with the model's own ``generate``, in evaluation mode.
+        """Continue sequences, or answer them, with the model's own ``generate``, in evaluation mode.
 
         Args:
             input_ids: (batch, seq) int64.
             **options: As in transformers: ``max_new_tokens``, ``do_sample``, ``temperature``, ``top_p``, ...
 
         Returns:
-            (batch, seq + new) int64.
+            (batch, seq + new) int64; of ``seq2seq`` (batch, new).
+
+        Raises:
+            ValueError: If the task's model does not write.
         """
+        if not self.task.generates:
+            raise ValueError(
+                f"The model of {self.task.name!r} does not write: `generate` is for causal-lm and seq2seq."
+            )
         self.configure_model()
         model: Any = self._built()
         was_training = model.training
@@ -350,9 +368,9 @@ class LLMModule(L.LightningModule):
     # ---- training ------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """Mean loss over the batch's label tokens (nats), and their number."""
+        """Mean loss over the batch's targets (nats; of numbers, squared), and how many there are."""
         with self._offloaded():
-            loss = self._loss(batch)
+            loss = self.task.loss(self._built(), self._checked(batch))
         detached = TokenLoss(loss.total.detach(), loss.num_tokens)
         self._micro_batch = MicroBatch(batch_idx, batch.get("row_ids"), detached)
         return {"loss": loss.mean, "num_tokens": loss.num_tokens}
@@ -418,23 +436,27 @@ class LLMModule(L.LightningModule):
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Add the batch to the validation metrics."""
-        self._evaluate(batch, self.val_metrics)
+        self.task.evaluate(self._built(), self._checked(batch), self.val_metrics)
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Add the batch to the test metrics."""
-        self._evaluate(batch, self.test_metrics)
+        self.task.evaluate(self._built(), self._checked(batch), self.test_metrics)
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``val/loss``, ``val/perplexity``, ...; of a mixture also ``val/loss/<source>``, ..."""
+        """Log ``val/loss`` and the task's other metrics; of a mixture also ``val/loss/<source>``, ..."""
         self._log_metrics("val", self.val_metrics)
 
     def on_test_epoch_end(self) -> None:
-        """Log ``test/loss``, ``test/perplexity``, ...; of a mixture also ``test/loss/<source>``, ..."""
+        """Log ``test/loss`` and the task's other metrics; of a mixture also ``test/loss/<source>``, ..."""
         self._log_metrics("test", self.test_metrics)
 
-    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """Score each row: ``nll`` in nats and ``num_tokens``, each (batch,), with the batch's ``row_ids``."""
-        scores = self.task.score(self._built(), self._isolated(batch))
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
+        """Score each row, with the batch's ``row_ids``.
+
+        A language model gives ``nll`` in nats and ``num_tokens``, (batch,) each; a classifier ``probabilities`` and
+        ``predictions``; see each task's ``score``.
+        """
+        scores = self.task.score(self._built(), self._checked(batch))
         if "row_ids" in batch:
             scores["row_ids"] = batch["row_ids"]
         return scores
@@ -467,38 +489,35 @@ class LLMModule(L.LightningModule):
             raise RuntimeError("The model is not built yet: the Trainer builds it, or call `configure_model()` first.")
         return self.model
 
-    def _loss(self, batch: Mapping[str, Any], by_row: bool = False) -> TokenLoss:
-        input_ids = batch.get("input_ids")
-        if isinstance(input_ids, Tensor):
-            # Without padding, a row is a whole batch, and its longest document is what needs positions.
-            check_length(self.config, int(batch.get("max_length_q", input_ids.shape[-1])), "a batch")
-        batch = self._isolated(batch)
-        if by_row:
-            scores = self.task.score(self._built(), batch)
-            return TokenLoss(scores["nll"], scores["num_tokens"])
-        return self.task.loss(self._built(), batch)
+    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
+        """Look into labels while they are on the host: a device would have to be waited for.
+
+        Lightning's own place for it; the public hook would warn beside every data module, and give way to its own.
+        """
+        batch = super()._on_before_batch_transfer(batch, dataloader_idx)
+        if isinstance(batch, Mapping) and self.device.type != "cpu":
+            self.task.check(batch, self.config)
+        return batch
+
+    def _checked(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The batch as the model may see it."""
+        self.task.check(batch, self.config)
+        if not self.task.packs:
+            return batch
+        return self._packing.isolated(batch, self._built(), self.task.outputs, self.device)
 
     def _offloaded(self) -> AbstractContextManager[object]:
         in_windows = isinstance(self.task, WindowedCausalLM)  # which offload by themselves
         return ActivationOffload(self._built()) if self.offload and not in_windows else nullcontext()
-
-    def _evaluate(self, batch: Mapping[str, Any], metrics: Any) -> None:
-        known = {name: batch[name] for name in ("num_bytes", "num_words") if name in batch}
-        has_sources = bool(getattr(metrics, "source_names", None)) and "source_ids" in batch
-        if has_sources:
-            known["source_ids"] = batch["source_ids"]
-        metrics.update(self._loss(batch, by_row=has_sources), **known)
 
     def _check_datamodule(self) -> None:
         """Check isolation early if the data module packs; on every rank, as a sharded forward needs them all."""
         datamodule = getattr(self.trainer, "datamodule", None)
         by_name = getattr(datamodule, "windowing", None) in ("packed", "wrapped")
         if getattr(datamodule, "packs_documents", by_name):
+            self.task.check_packing()
             with self.trainer.precision_plugin.forward_context():
                 self._packing.check_model(self._built(), self.task.outputs, self.device)
-
-    def _isolated(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        return self._packing.isolated(batch, self._built(), self.task.outputs, self.device)
 
     def _follow_plan(self) -> None:
         """Train as the plan for this run says; once chosen, it stays so."""
@@ -514,7 +533,7 @@ class LLMModule(L.LightningModule):
         rank_zero_info(f"sequence_window='auto': {plan.reason}")
 
     def _prepare_layers(self, model: nn.Module) -> None:
-        if self._trainer is not None and self.attn_implementation is None and self.task.name == "causal-lm":
+        if self._trainer is not None and self.attn_implementation is None and self.task.packs:
             use_packed_attention(model, self._root_device())
         if self.gradient_checkpointing:
             # Newer transformers have renamed the method; the old name must be told not to be reentrant.
@@ -527,23 +546,6 @@ class LLMModule(L.LightningModule):
 
     def _root_device(self) -> torch.device:
         return self.trainer.strategy.root_device
-
-    def _data_parallel_mesh(self) -> Any:
-        mesh = self.device_mesh
-        assert mesh is not None
-        if isinstance(self.source, nn.Module):
-            raise ValueError(
-                "A sharded strategy builds the model itself, on the meta device. Pass a hub id, a folder or a "
-                "configuration to LLMModule instead of a built model."
-            )
-        if isinstance(self.task, ContextParallelCausalLM):
-            return mesh_of_all_ranks(mesh)
-        if mesh.mesh_dim_names and "tensor_parallel" in mesh.mesh_dim_names and mesh["tensor_parallel"].size() > 1:
-            raise ValueError(
-                "LLMModule shards parameters over the data-parallel ranks; it does not split layers. Use "
-                "ModelParallelStrategy(tensor_parallel_size=1), or share rows: LLMModule(context_parallel=True)."
-            )
-        return mesh["data_parallel"] if mesh.mesh_dim_names else mesh
 
     def _log_metrics(self, stage: str, metrics: Any) -> None:
         values = metrics.compute()

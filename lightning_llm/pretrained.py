@@ -15,6 +15,11 @@ from transformers import AutoConfig, PretrainedConfig
 ModelSource = str | Path | dict[str, Any] | PretrainedConfig | nn.Module
 
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Models of RoBERTa's kind: a row's first token has the position after that of padding.
+_COUNTS_FROM_PADDING = {
+    *("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "xmod", "data2vec-text"),
+    *("longformer", "mpnet", "ibert", "luke", "layoutlmv3", "markuplm", "lilt"),
+}
 _KNOWN_ATTENTION_KEYS = {"attn_implementation", "_attn_implementation"}
 
 
@@ -61,6 +66,7 @@ def build_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     load_weights: bool = True,
+    fresh_head: bool = False,
 ) -> nn.Module:
     """Build the model on the current default device: pretrained weights from a folder or the hub, else random ones.
 
@@ -74,6 +80,8 @@ def build_model(
         attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, ...; transformers' choice if None.
         trust_remote_code: As in :func:`resolve_config`.
         load_weights: If False, only the architecture (for sharded set-up on the meta device).
+        fresh_head: Whether a head of another size than the configuration asks for is replaced by a random one; one that
+            is missing always is. transformers names what it made anew.
 
     Raises:
         FileNotFoundError: If the folder holds no safetensors weights.
@@ -84,6 +92,8 @@ def build_model(
     if isinstance(source, (str, Path)) and load_weights:
         _check_weights(source)
         options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "config": config}
+        if fresh_head:
+            options["ignore_mismatched_sizes"] = True
         if attn_implementation is not None:
             options["attn_implementation"] = attn_implementation
         return auto.from_pretrained(_location(source), trust_remote_code=trust_remote_code, **options)  # type: ignore[no-any-return]
@@ -116,6 +126,8 @@ def max_positions(config: PretrainedConfig) -> int | None:
     positions = getattr(text, "max_position_embeddings", None)
     if not positions:
         return None
+    if text.model_type in _COUNTS_FROM_PADDING:
+        return int(positions) - 1 - (text.pad_token_id or 0)
     rope = getattr(text, "rope_parameters", None) or {}
     factor = rope.get("factor")
     if isinstance(factor, (int, float)):  # a stretched rotary embedding: YaRN, linear, llama3, ...

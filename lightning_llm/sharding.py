@@ -12,6 +12,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
+from lightning_llm.context_parallel.mesh import mesh_of_all_ranks
+
 
 def build_sharded(
     build: Callable[[bool], nn.Module],
@@ -49,12 +51,47 @@ def build_sharded(
     return model
 
 
+def mesh_to_shard(mesh: DeviceMesh, source: Any, shares_rows: bool) -> DeviceMesh:
+    """The ranks among which parameters are divided.
+
+    Args:
+        mesh: Of the strategy.
+        source: What the model is made from.
+        shares_rows: Whether the ranks of the mesh's tensor-parallel dimension share rows.
+
+    Raises:
+        ValueError: For a built model, and for layers that would have to be split.
+    """
+    if isinstance(source, nn.Module):
+        raise ValueError(
+            "A sharded strategy builds the model itself, on the meta device. Pass a hub id, a folder or a "
+            "configuration to LLMModule instead of a built model."
+        )
+    if shares_rows:
+        return mesh_of_all_ranks(mesh)
+    if mesh.mesh_dim_names and "tensor_parallel" in mesh.mesh_dim_names and mesh["tensor_parallel"].size() > 1:
+        raise ValueError(
+            "LLMModule shards parameters over the data-parallel ranks; it does not split layers. Use "
+            "ModelParallelStrategy(tensor_parallel_size=1), or share rows: LLMModule(context_parallel=True)."
+        )
+    return mesh["data_parallel"] if mesh.mesh_dim_names else mesh
+
+
 def shard_layers(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Make each of the model's repeated layers a sharded unit, then the rest of the model one more."""
+    """Make each of the model's repeated layers a sharded unit, then the rest of the model one more.
+
+    Embeddings whose weights are an output head's too stay in the rest, with the head.
+    """
     names = set(getattr(model, "_no_split_modules", None) or ())
+    holders: dict[nn.Parameter, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(parameter, []).append(module)
     for module in model.modules():
         if type(module).__name__ in names:
-            fully_shard(module, mesh=mesh)
+            inside = set(module.modules())
+            if all(inside.issuperset(holders[parameter]) for parameter in module.parameters()):
+                fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 

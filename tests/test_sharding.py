@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lightning_llm import LLMModule
+from lightning_llm.sharding import mesh_to_shard
 
 
 @pytest.mark.parametrize("pretrained", [False, True])
@@ -33,7 +33,5 @@ def test_rotary_buffers_reach_every_rank(run_ranks, tiny_llama):
 
 def test_built_model_under_a_sharded_strategy_is_refused(tiny_gpt2):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**tiny_gpt2))
-    module = LLMModule(model)
-    module._device_mesh = object()
     with pytest.raises(ValueError, match="builds the model itself, on the meta device"):
-        module._data_parallel_mesh()
+        mesh_to_shard(None, model, shares_rows=False)

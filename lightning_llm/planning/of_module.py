@@ -65,6 +65,11 @@ def plan_source(
     Raises:
         ValueError: For arguments that are not understood, and for models that cannot be planned.
     """
+    if auto_class != "AutoModelForCausalLM":
+        raise ValueError(
+            f"Plans choose between ways to train decoders (causal-lm), but this is an {auto_class}. Its rows are run "
+            f"as a whole: gradient_checkpointing=True makes them cheaper, and DynamicBatchScaler finds how many fit."
+        )
     for name, value in (("max_length", max_length), ("micro_batch_size", micro_batch_size), ("shards", shards)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"`{name}` must be a whole number, at least 1, but got {value!r}.")

@@ -1,4 +1,4 @@
-"""The interface between ``LLMModule`` and a task: which model class, which loss, which metrics."""
+"""The interface between ``LLMModule`` and a task: which model class, which loss, which scores, which metrics."""
 
 from __future__ import annotations
 
@@ -7,18 +7,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from torchmetrics import Metric
+from transformers import PretrainedConfig
 
+from lightning_llm.compatibility import check_length
 from lightning_llm.head_loss import LossKernel
 from lightning_llm.loss import TokenLoss
 
 
 class Task(ABC):
-    """One kind of training: the module asks it for the loss and the metrics, and knows nothing of heads.
+    """One kind of training: the module asks it for the loss, the scores and the metrics, and knows nothing of heads.
+
+    :meth:`configure` is called before the model is built, and again when the data is known. :meth:`check` sees each
+    batch before the model does.
 
     Attributes:
         name: What users write in ``LLMModule(task=...)``.
         auto_class: The transformers class that builds the model, for instance ``AutoModelForCausalLM``.
+        has_labels: Whether the model's head has a class for each of a set of labels.
+        reads_tokens: Whether rows are tokens, so that vocabulary and length of model and data must fit.
+        packs: Whether a row may hold several documents, which :meth:`outputs` keeps apart.
+        generates: Whether the model continues or answers with tokens of its own.
 
     Args:
         loss_kernel: How a task with a large vocabulary computes its loss: ``chunked``, ``plain``, ``liger``, ``cce``.
@@ -26,35 +34,85 @@ class Task(ABC):
 
     name: ClassVar[str]
     auto_class: ClassVar[str]
+    has_labels: ClassVar[bool] = False
+    reads_tokens: ClassVar[bool] = True
+    packs: ClassVar[bool] = False
+    generates: ClassVar[bool] = False
 
     def __init__(self, loss_kernel: LossKernel = "chunked") -> None:
         self.loss_kernel: LossKernel = loss_kernel
 
+    def configure(
+        self,
+        config: PretrainedConfig,
+        labels: Sequence[str] | int | None = None,
+        *,
+        datamodule: Any = None,
+        is_built: bool = False,
+    ) -> None:
+        """Fit the model's configuration to the task.
+
+        Args:
+            config: Of the model; changed in place.
+            labels: Names of the classes, or how many there are; None for those of the data or the configuration.
+            datamodule: What it knows of the data; None where there is none, or not yet.
+            is_built: Whether the model stands already, so that only names may change.
+
+        Raises:
+            ValueError: If something does not fit.
+        """
+        if labels is not None and not self.has_labels:
+            raise ValueError(
+                f"`labels` are the classes of a classifier; the task {self.name!r} has none: leave it out."
+            )
+
+    def check(self, batch: Mapping[str, Any], config: PretrainedConfig) -> None:
+        """Refuse a batch that the model would stumble over. What is on an accelerator is not looked into.
+
+        Raises:
+            ValueError: If it does not fit.
+        """
+        input_ids = batch.get("input_ids")
+        if self.reads_tokens and isinstance(input_ids, Tensor):
+            # Without padding, a row is a whole batch, and its longest document is what needs positions.
+            check_length(config, int(batch.get("max_length_q", input_ids.shape[-1])), "a batch")
+
+    def check_packing(self) -> None:
+        """Refuse a data module that packs several documents into a row, where the task does not keep them apart.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        if not self.packs:
+            raise ValueError(
+                f"The task {self.name!r} takes one document a row, but the data module packs them, and they would see "
+                f"each other. Use windowing='documents'."
+            )
+
     @abstractmethod
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> TokenLoss:
-        """Run the model on a batch; return the summed loss and its weight."""
+        """Run the model on a batch; return the summed loss and its weight, by which its mean is taken."""
 
     @abstractmethod
-    def score(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Run the model on a batch; return values per row: ``nll``, summed in nats, and ``num_tokens``.
-
-        Where a batch without padding names its documents one by one, they are its rows.
-        """
+    def score(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Run the model on a batch, with or without labels; return what prediction gives, an entry for each row."""
 
     @abstractmethod
     def outputs(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        """Run the model on a batch as training does; return (batch, seq, features), for instance logits.
+        """Run the model on a batch as training does; return (batch, ...), for instance logits.
 
-        The test of a model's isolation calls this: packed with ``position_ids``, separate with ``input_ids`` alone.
+        The test of a model's isolation calls this, for a task that packs: packed with ``position_ids``, separate with
+        ``input_ids`` alone.
         """
 
     @abstractmethod
-    def metrics(self, source_names: Sequence[str] = ()) -> Metric:
-        """Make the metric that validation and test fill.
-
-        Its ``update`` takes the loss and, by name, those of ``num_bytes``, ``num_words`` and ``source_ids`` that a
-        batch has; the last one only where there are ``source_names``, and with a loss for each row.
+    def metrics(self, source_names: Sequence[str] = ()) -> Any:
+        """Make the metrics that validation and test fill, with ``compute`` (a value for each name) and ``reset``.
 
         Args:
-            source_names: Of a mixture, to be evaluated one by one beside the whole.
+            source_names: Of a mixture, to be evaluated one by one beside the whole, where the task can do that.
         """
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module, batch: Mapping[str, Any], metrics: Any) -> None:
+        """Run the model on a batch and add it to what :meth:`metrics` made."""

@@ -25,6 +25,8 @@ class CausalLM(Task):
 
     name = "causal-lm"
     auto_class = "AutoModelForCausalLM"
+    packs = True
+    generates = True
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> TokenLoss:
         """Sum the cross-entropy over the batch's label tokens."""
@@ -44,6 +46,15 @@ class CausalLM(Task):
     def metrics(self, source_names: Sequence[str] = ()) -> Metric:
         """Loss, perplexity, bits per byte and per word; of each source too, where sources have names."""
         return LanguageModelingMetrics(source_names)
+
+    def evaluate(self, model: nn.Module, batch: Mapping[str, Any], metrics: Any) -> None:
+        """Add a batch, with the bytes, words and sources that it knows of."""
+        known = {name: batch[name] for name in ("num_bytes", "num_words") if name in batch}
+        if getattr(metrics, "source_names", None) and "source_ids" in batch:
+            scores = self.score(model, batch)
+            metrics.update(TokenLoss(scores["nll"], scores["num_tokens"]), source_ids=batch["source_ids"], **known)
+        else:
+            metrics.update(self.loss(model, batch), **known)
 
     def outputs(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """Logits of shape (batch, seq, vocab).

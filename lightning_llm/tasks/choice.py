@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from lightning_llm.tasks import TASKS
@@ -11,13 +13,20 @@ from lightning_llm.tasks.windowed_causal_lm import WindowedCausalLM
 
 
 def choose_task(
-    name: str, loss_kernel: Any, *, sequence_window: int | str | None, offload: bool, context_parallel: bool
+    name: str,
+    loss_kernel: Any,
+    options: Mapping[str, Any] | None = None,
+    *,
+    sequence_window: int | str | None = None,
+    offload: bool = False,
+    context_parallel: bool = False,
 ) -> Task:
     """Make the task, after a look at what does not go together.
 
     Args:
         name: Of the task.
         loss_kernel: ``chunked``, ``plain``, ``liger`` or ``cce``.
+        options: What this task takes beside.
         sequence_window: Tokens in a window; None for whole rows; ``auto`` for whole rows until a plan is made.
         offload: Whether windows keep keys, values and their gradients in host memory.
         context_parallel: Whether ranks share rows.
@@ -37,8 +46,33 @@ def choose_task(
         raise ValueError(f"Windows compute a loss of their own ('chunked'), not {loss_kernel!r}: leave that out.")
     if sequence_window is not None and context_parallel:
         raise ValueError("`sequence_window` and `context_parallel` do not go together yet: leave out one of them.")
+    options = _known_options(name, options)
+    if name != "causal-lm":
+        _refuse_decoders_options(name, loss_kernel, sequence_window, context_parallel)
+        return TASKS[name](loss_kernel, **options)
     if context_parallel:
         return ContextParallelCausalLM(loss_kernel)
     if sequence_window is None or isinstance(sequence_window, str):
-        return TASKS[name](loss_kernel)
+        return TASKS[name](loss_kernel, **options)
     return WindowedCausalLM(sequence_window, offload)
+
+
+def _known_options(name: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    known = [option for option in inspect.signature(TASKS[name]).parameters if option != "loss_kernel"]
+    unknown = sorted(set(options or {}) - set(known))
+    if unknown:
+        takes = f"takes {', '.join(known)}" if known else "takes none"
+        raise ValueError(f"`task_options` of {name!r}: it {takes}, but got {', '.join(unknown)}.")
+    return dict(options or {})
+
+
+def _refuse_decoders_options(name: str, loss_kernel: str, sequence_window: Any, context_parallel: bool) -> None:
+    """What is there for decoders only."""
+    if sequence_window is not None or context_parallel:
+        argument = "context_parallel" if context_parallel else "sequence_window"
+        raise ValueError(
+            f"`{argument}` cuts rows of the task 'causal-lm'; the model of {name!r} sees a row as a whole. For long "
+            f"rows use gradient_checkpointing=True or offload=True, for many of them DynamicBatchScaler."
+        )
+    if loss_kernel in ("liger", "cce"):
+        raise ValueError(f"loss_kernel={loss_kernel!r} is for 'causal-lm'; {name!r} takes 'chunked' or 'plain'.")

@@ -1,0 +1,97 @@
+"""Where in a text the answer to a question stands: the position of its first and of its last token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from lightning_llm.loss import IGNORE_INDEX, TokenLoss, accumulation_dtype, class_cross_entropy
+from lightning_llm.tasks.head import HeadTask
+from lightning_llm.tasks.labels import set_labels
+from lightning_llm.tasks.metrics import Means, TaskMetrics
+
+LONGEST_ANSWER = 30  # tokens, as in transformers' example of SQuAD
+
+
+class QuestionAnswering(HeadTask):
+    """Find answers: ``start_positions`` and ``end_positions``, (batch,) int64, are places in the row.
+
+    A place at or beyond the row's end is no target, one before its beginning is the first token, as in transformers.
+    The loss is the cross-entropy over places, padding among them, summed over starts and ends; its weight is the number
+    of starts and ends that are targets, two for a row with its answer in it. The mean is then transformers'
+    ``(start_loss + end_loss) / 2`` wherever a batch has as many starts as ends; where a text is cut within an answer,
+    every start and every end weighs the same, which holds for all cuts of a batch.
+    """
+
+    name = "question-answering"
+    auto_class = "AutoModelForQuestionAnswering"
+    targets = ("start_positions", "end_positions")
+
+    def configure(
+        self,
+        config: PretrainedConfig,
+        labels: Sequence[str] | int | None = None,
+        *,
+        datamodule: Any = None,
+        is_built: bool = False,
+    ) -> None:
+        """The head has two outputs a token, of starts and of ends."""
+        super().configure(config, labels, datamodule=datamodule, is_built=is_built)
+        set_labels(config, 2, is_built=is_built)
+
+    def loss_of(self, output: Any, batch: Mapping[str, Any]) -> TokenLoss:
+        """Sum the cross-entropy over starts and ends."""
+        start, end = self._targets(output, batch)
+        losses = class_cross_entropy(output.start_logits, start), class_cross_entropy(output.end_logits, end)
+        return TokenLoss(losses[0].total + losses[1].total, losses[0].num_tokens + losses[1].num_tokens)
+
+    def outputs(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """Logits of starts and ends, (batch, seq, 2)."""
+        output = self.run(model, batch)
+        return torch.stack([output.start_logits, output.end_logits], -1)
+
+    def score(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """``start_logits`` and ``end_logits`` (batch, seq); the likeliest answer's ``starts``, ``ends`` and ``scores``.
+
+        An answer lies within a row's tokens and is 30 of them long at most; ``scores`` is its probability, (batch,).
+        """
+        output = self.run(model, batch)
+        start, end = accumulation_dtype(output.start_logits), accumulation_dtype(output.end_logits)
+        mask = batch.get("attention_mask")
+        is_token = torch.ones_like(start, dtype=torch.bool) if mask is None else mask != 0
+        first = start.masked_fill(~is_token, -torch.inf).softmax(-1)
+        last = end.masked_fill(~is_token, -torch.inf).softmax(-1)
+        pairs = (first[:, :, None] * last[:, None, :]).triu().tril(LONGEST_ANSWER - 1)
+        scores, index = pairs.flatten(1).max(-1)
+        starts, ends = index // start.shape[1], index % start.shape[1]
+        logits = {"start_logits": output.start_logits, "end_logits": output.end_logits}
+        return {**logits, "starts": starts, "ends": ends, "scores": scores}
+
+    def metrics(self, source_names: Sequence[str] = ()) -> TaskMetrics:
+        """The loss; how many starts, ends, and both of a row are right."""
+        return TaskMetrics({"means": Means(["loss", "start_accuracy", "end_accuracy", "exact_match"])})
+
+    def evaluate(self, model: nn.Module, batch: Mapping[str, Any], metrics: TaskMetrics) -> None:
+        """Add a batch."""
+        output = self.run(model, batch)
+        start, end = self._targets(output, batch)
+        starts, ends = output.start_logits.argmax(-1) == start, output.end_logits.argmax(-1) == end
+        has_start, has_end = start != IGNORE_INDEX, end != IGNORE_INDEX
+        means = {
+            "loss": self.loss_of(output, batch),
+            "start_accuracy": TokenLoss(starts.sum(), has_start.sum()),
+            "end_accuracy": TokenLoss(ends.sum(), has_end.sum()),
+            "exact_match": TokenLoss((starts & ends).sum(), (has_start & has_end).sum()),
+        }
+        metrics.update(means=means)
+
+    def _targets(self, output: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Places of starts and ends, (batch,) each, -100 where there is none."""
+        length = output.start_logits.shape[1]
+        places = [self.target(batch, name).reshape(-1).clamp(min=0) for name in self.targets]
+        start, end = (place.masked_fill(place >= length, IGNORE_INDEX) for place in places)
+        return start, end

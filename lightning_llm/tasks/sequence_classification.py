@@ -1,0 +1,166 @@
+"""A label for each row: one of several classes, several of them at once, or numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from lightning_llm.head_loss import LossKernel
+from lightning_llm.loss import TokenLoss, accumulation_dtype, class_cross_entropy
+from lightning_llm.tasks.head import HeadTask, check_range
+from lightning_llm.tasks.labels import agreed_labels, set_labels
+from lightning_llm.tasks.metrics import Means, TaskMetrics
+
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+
+
+class SequenceClassification(HeadTask):
+    """Classify each row, or give it a number.
+
+    ``labels`` are (batch,) int64 for one class a row, -100 for none; (batch, num_labels) from 0 to 1 for several;
+    (batch,) or (batch, num_labels) numbers for regression. The loss is the cross-entropy, the binary cross-entropy, or
+    the squared error, and its weight the number of rows or, with several values a row, of values.
+
+    Args:
+        loss_kernel: As for every task; there is no large vocabulary here.
+        problem_type: transformers' word for what the labels are. If None, as the data module or the model's
+            configuration says, else ``regression`` for a single label and ``single_label_classification`` for more.
+
+    Raises:
+        ValueError: For another word.
+    """
+
+    name = "sequence-classification"
+    auto_class = "AutoModelForSequenceClassification"
+    has_labels = True
+
+    def __init__(self, loss_kernel: LossKernel = "chunked", *, problem_type: ProblemType | None = None) -> None:
+        if problem_type is not None and problem_type not in get_args(ProblemType):
+            raise ValueError(f"`problem_type` must be one of {', '.join(get_args(ProblemType))}, not {problem_type!r}.")
+        super().__init__(loss_kernel)
+        self._given: str | None = problem_type
+        self._of_model: str | None = ""  # not looked at yet
+        self.problem_type: str = problem_type or "single_label_classification"
+        self.num_labels = 2
+
+    def configure(
+        self,
+        config: PretrainedConfig,
+        labels: Sequence[str] | int | None = None,
+        *,
+        datamodule: Any = None,
+        is_built: bool = False,
+    ) -> None:
+        """Write classes and problem type into the configuration, for the head and for ``pipeline``."""
+        any_config: Any = config
+        agreed = agreed_labels(labels, getattr(datamodule, "label_names", None))
+        if agreed is not None:
+            set_labels(config, agreed, is_built=is_built)
+        self.num_labels = int(any_config.num_labels)
+        if self._of_model == "":  # what is written below is no word of the model's own
+            self._of_model = any_config.problem_type
+        known = self._given or getattr(datamodule, "problem_type", None) or self._of_model
+        self.problem_type = known or ("regression" if self.num_labels == 1 else "single_label_classification")
+        any_config.problem_type = self.problem_type
+        tokenizer = getattr(datamodule, "tokenizer", None)
+        if tokenizer is not None and getattr(config, "pad_token_id", 0) is None:  # decoders look for a row's end
+            any_config.pad_token_id = tokenizer.pad_token_id
+
+    def check(self, batch: Mapping[str, Any], config: PretrainedConfig) -> None:
+        """Refuse labels that are not of the kind and in the range that the model has classes for."""
+        super().check(batch, config)
+        labels = batch.get("labels")
+        if isinstance(labels, Tensor):
+            self._check_kind(labels)
+            if self.problem_type == "single_label_classification":
+                check_range(labels, self.num_labels, batch, "labels", "Pass LLMModule(labels=...) all names.")
+            elif self.problem_type == "multi_label_classification" and labels.device.type == "cpu":
+                outside = ((labels < 0) | (labels > 1)).flatten(1).any(1)
+                if bool(outside.any()):
+                    row = int(outside.nonzero()[0])
+                    raise ValueError(
+                        f"`labels` of several classes must lie in 0..1, but row {row} of the batch has others."
+                    )
+
+    def loss_of(self, output: Any, batch: Mapping[str, Any]) -> TokenLoss:
+        """Sum the loss over rows, or over all their values."""
+        logits, labels = output.logits, self.target(batch)
+        if self.problem_type == "single_label_classification":
+            return class_cross_entropy(logits, labels)
+        logits = accumulation_dtype(logits)
+        labels = labels.to(logits.dtype).reshape(logits.shape)
+        if self.problem_type == "regression":
+            total = (logits - labels).square().sum()
+        else:
+            total = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
+        return TokenLoss(total, labels.new_full((), labels.numel(), dtype=torch.int64))
+
+    def score(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """``logits``, ``probabilities`` (batch, num_labels) and ``predictions`` (batch,); ``values`` in regression."""
+        logits = accumulation_dtype(self.outputs(model, batch))
+        if self.problem_type == "regression":
+            return {"values": logits.squeeze(-1) if self.num_labels == 1 else logits}
+        if self.problem_type == "multi_label_classification":
+            probabilities = logits.sigmoid()
+            return {"logits": logits, "probabilities": probabilities, "predictions": (probabilities > 0.5).long()}
+        return {"logits": logits, "probabilities": logits.softmax(-1), "predictions": logits.argmax(-1)}
+
+    def metrics(self, source_names: Sequence[str] = ()) -> TaskMetrics:
+        """The loss, with accuracy and macro F1; macro F1 and exact match; or squared error and correlations."""
+        from torchmetrics import classification as c
+        from torchmetrics import regression as r
+
+        number = self.num_labels
+        if self.problem_type == "single_label_classification":
+            number = max(number, 2)
+            return TaskMetrics(
+                {
+                    "loss": Means(["loss"]),
+                    "accuracy": c.MulticlassAccuracy(number, average="micro", ignore_index=-100, validate_args=False),
+                    "f1": c.MulticlassF1Score(number, average="macro", ignore_index=-100, validate_args=False),
+                }
+            )
+        if self.problem_type == "multi_label_classification":
+            return TaskMetrics(
+                {
+                    "loss": Means(["loss"]),
+                    "exact_match": c.MultilabelExactMatch(number, validate_args=False),
+                    "f1": c.MultilabelF1Score(number, average="macro", validate_args=False),
+                }
+            )
+        correlations = {"pearson": r.PearsonCorrCoef(number), "spearman": r.SpearmanCorrCoef(number)}
+        return TaskMetrics({"loss": Means(["loss"]), "mse": r.MeanSquaredError(num_outputs=1), **correlations})
+
+    def evaluate(self, model: nn.Module, batch: Mapping[str, Any], metrics: TaskMetrics) -> None:
+        """Add a batch."""
+        output, labels = self.run(model, batch), self.target(batch)
+        logits = output.logits
+        if self.problem_type == "single_label_classification":
+            shown = {"preds": logits.argmax(-1), "target": labels.view(-1)}
+        elif self.problem_type == "multi_label_classification":
+            shown = {"preds": (logits > 0).long(), "target": (labels > 0.5).long()}
+        else:
+            logits = accumulation_dtype(logits)
+            shape = logits.shape[:1] if self.num_labels == 1 else logits.shape
+            shown = {"preds": logits.reshape(shape), "target": labels.to(logits.dtype).reshape(shape)}
+        metrics.update(means={"loss": self.loss_of(output, batch)}, **shown)
+
+    def _check_kind(self, labels: Tensor) -> None:
+        is_single = self.problem_type == "single_label_classification"
+        if is_single and (labels.is_floating_point() or labels.ndim != 1):
+            several = labels.ndim == 2 and labels.shape[1] == self.num_labels
+            kind = "multi_label_classification" if several else "regression"
+            raise ValueError(
+                f"`labels` of one class a row are (batch,) int64, but got {tuple(labels.shape)} {labels.dtype}. For "
+                f"such labels pass LLMModule(task_options={{'problem_type': '{kind}'}})."
+            )
+        if not is_single and labels.shape[1:].numel() != self.num_labels:
+            raise ValueError(
+                f"`labels` of a {self.problem_type} with {self.num_labels} labels have as many values a row, but got "
+                f"the shape {tuple(labels.shape)}. Pass LLMModule(labels=...) their number or names."
+            )

@@ -1,0 +1,75 @@
+"""A class for each token: names, parts of speech."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from lightning_llm.head_loss import LossKernel
+from lightning_llm.loss import IGNORE_INDEX, TokenLoss, accumulation_dtype, class_cross_entropy
+from lightning_llm.tasks.head import HeadTask, check_range
+from lightning_llm.tasks.labels import agreed_labels, set_labels
+from lightning_llm.tasks.metrics import Means, SpanMetrics, TaskMetrics, marks_spans
+
+
+class TokenClassification(HeadTask):
+    """Classify each token; ``labels`` are (batch, seq) int64, -100 where there is none (special tokens, word ends)."""
+
+    name = "token-classification"
+    auto_class = "AutoModelForTokenClassification"
+    has_labels = True
+    collator = "DataCollatorForTokenClassification"
+
+    def __init__(self, loss_kernel: LossKernel = "chunked") -> None:
+        super().__init__(loss_kernel)
+        self.tags: list[str] = []
+
+    def configure(
+        self,
+        config: PretrainedConfig,
+        labels: Sequence[str] | int | None = None,
+        *,
+        datamodule: Any = None,
+        is_built: bool = False,
+    ) -> None:
+        """Write the classes into the configuration."""
+        any_config: Any = config
+        agreed = agreed_labels(labels, getattr(datamodule, "label_names", None))
+        if agreed is not None:
+            set_labels(config, agreed, is_built=is_built)
+        self.tags = [str(any_config.id2label[index]) for index in range(any_config.num_labels)]
+
+    def check(self, batch: Mapping[str, Any], config: PretrainedConfig) -> None:
+        """Refuse labels for which there is no class."""
+        super().check(batch, config)
+        labels = batch.get("labels")
+        if isinstance(labels, Tensor):
+            check_range(labels, len(self.tags), batch, "labels", "Pass LLMModule(labels=...) all names.")
+
+    def loss_of(self, output: Any, batch: Mapping[str, Any]) -> TokenLoss:
+        """Sum the cross-entropy over the labelled tokens."""
+        return class_cross_entropy(output.logits, self.target(batch))
+
+    def score(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """``probabilities`` (batch, seq, num_labels) and ``predictions`` (batch, seq)."""
+        logits = accumulation_dtype(self.outputs(model, batch))
+        return {"probabilities": logits.softmax(-1), "predictions": logits.argmax(-1)}
+
+    def metrics(self, source_names: Sequence[str] = ()) -> TaskMetrics:
+        """Loss, accuracy and macro F1 of tokens; precision, recall and F1 of spans where classes are tags of spans."""
+        from torchmetrics.classification import MulticlassF1Score
+
+        f1 = MulticlassF1Score(max(len(self.tags), 2), average="macro", ignore_index=-100, validate_args=False)
+        spans = {"spans": SpanMetrics(self.tags)} if marks_spans(self.tags) else {}
+        return TaskMetrics({"means": Means(["loss", "accuracy"]), "f1": f1, **spans})
+
+    def evaluate(self, model: nn.Module, batch: Mapping[str, Any], metrics: TaskMetrics) -> None:
+        """Add a batch."""
+        output, labels = self.run(model, batch), self.target(batch)
+        loss, preds = self.loss_of(output, batch), output.logits.argmax(-1)
+        right = ((preds == labels) & (labels != IGNORE_INDEX)).sum()
+        means = {"loss": loss, "accuracy": TokenLoss(right, loss.num_tokens)}
+        metrics.update(means=means, preds=preds, target=labels)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from lightning_llm.callbacks.gradients import gradient_norms
+from lightning_llm.callbacks.gradients import gradient_norm, gradient_norms
 
 
 class GradientWatch:
@@ -155,7 +155,6 @@ class GradientWatch:
                 f"{strange} are split or replicated otherwise (tensor parallelism, hybrid sharding). Leave it out."
             )
 
-    @torch.no_grad()
     def _on_gradient(self, parameter: nn.Parameter, group: int, gradient: Tensor | None) -> None:
         if self._norms is None or gradient is None:
             return
@@ -172,7 +171,7 @@ class GradientWatch:
 
     def _norm(self, parameter: nn.Parameter, group: int, gradient: Tensor) -> list[Tensor]:
         conditioned = self._conditioned(parameter, group, gradient)
-        return [] if conditioned is None else gradient_norms([conditioned])
+        return [] if conditioned is None else [gradient_norm(conditioned)]
 
     @torch.no_grad()
     def _conditioned(self, parameter: nn.Parameter, group: int, gradient: Tensor) -> Tensor | None:

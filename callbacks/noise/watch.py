@@ -189,9 +189,10 @@ class GradientWatch:
             )
         settings = self._optimizer.param_groups[group]
         moment, steps = state["exp_avg_sq"], torch.as_tensor(state["step"])
-        lost = self._betas[group] ** steps.to(_exact(steps.device))  # its share of the average that starts from 0
-        root = (moment / (1 - lost)).sqrt_().add_(settings["eps"])
-        return torch.where(moment > 0, gradient / root, 0.0)
+        started = 1 - self._betas[group] ** steps.to(_exact(steps.device))  # what an average from 0 has come to hold
+        root: Tensor = moment.to(torch.promote_types(moment.dtype, torch.float32)).sqrt()
+        quotient = root.div_(started.sqrt()).add_(settings["eps"]).reciprocal_().mul_(gradient)
+        return quotient.masked_fill_(moment == 0, 0.0)
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

@@ -112,10 +112,8 @@ def train(options: argparse.Namespace, turns: Turns, name: str, callbacks: list[
     turns.finish(name)
 
 
-def compare(options: argparse.Namespace, callbacks: list[L.Callback]) -> tuple[float, float, float, float]:
-    """Median seconds of a step without and with, the median ratio, and the callbacks' own share of a step."""
-    turns = Turns(["without", "with"])
-    watch = Stopwatch(callbacks)
+def paired(options: argparse.Namespace, turns: Turns, callbacks: list[L.Callback]) -> tuple[float, float, float]:
+    """Median seconds of a step without and with, and the median ratio."""
     sets_factor = any(isinstance(callback, AccumulationSchedule) for callback in callbacks)
     factor = options.accumulate
     thread = threading.Thread(target=train, args=(options, turns, "without", [], factor), daemon=True)
@@ -124,8 +122,14 @@ def compare(options: argparse.Namespace, callbacks: list[L.Callback]) -> tuple[f
     thread.join(timeout=60)
     pairs = list(zip(turns.times["without"], turns.times["with"], strict=False))[options.warmup :]
     before, after = (statistics.median(times) for times in zip(*pairs, strict=True))
-    ratio = statistics.median(ours / bare for bare, ours in pairs)
-    return before, after, ratio, watch.seconds / sum(turns.times["with"])
+    return before, after, statistics.median(ours / bare for bare, ours in pairs)
+
+
+def compare(options: argparse.Namespace, callbacks: list[L.Callback]) -> tuple[float, float, float, float]:
+    """Median seconds of a step without and with, the median ratio, and the callbacks' own share of a step."""
+    turns = Turns(["without", "with"])
+    watch = Stopwatch(callbacks)
+    return *paired(options, turns, callbacks), watch.seconds / sum(turns.times["with"])
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -249,7 +250,7 @@ class GradientNoiseScale(L.Callback):
 
     def _note(self, batch: Any, outputs: Any) -> None:
         sizes = (self.token_fn(batch, outputs), self.sequence_fn(batch))
-        if sizes == (None, None):
+        if all(size is None for size in sizes):
             raise TypeError(
                 f"GradientNoiseScale can count neither the tokens nor the sequences of a {type(batch).__name__}. "
                 f"Return `num_tokens` from training_step, or pass token_fn=lambda batch, outputs: ... or sequence_fn."
@@ -272,16 +273,15 @@ class GradientNoiseScale(L.Callback):
         sums = sums_of(self._parts, len(_UNITS), like=whole)
         if not self._watch.is_sharded:
             whole = whole / trainer.world_size  # each rank has it all
-        spoilt = whole.new_tensor(float(self._is_spoilt))
         self._parts.clear()
-        packed = torch.cat([value.reshape(-1) for value in (spoilt, *sums, whole)])
+        counted = (whole.new_tensor(float(self._is_spoilt)), *sums, whole)
+        packed = torch.cat([value.reshape(-1) for value in counted])
         if trainer.world_size > 1:
             packed = trainer.strategy.reduce(packed, reduce_op="sum")
-        is_spoilt, number, weight, *rest = packed.tolist()
-        groups, units = self._watch.num_groups, len(_UNITS)
-        squares, inverse, inverse_squared = rest[:groups], rest[groups : groups + units], rest[groups + units : -groups]
-        square_of_mean = rest[-groups:]
-        if is_spoilt or number == 0 or not math.isfinite(sum(squares) + sum(square_of_mean) + weight):
+        values = iter(packed.tolist())  # waits for the device
+        lists = [list(islice(values, value.numel())) for value in counted]
+        (is_spoilt,), (number,), (weight,), squares, inverse, inverse_squared, square_of_mean = lists
+        if is_spoilt or not number or not math.isfinite(sum(squares) + sum(square_of_mean) + weight):
             return None
         if sum(squares) == 0:
             if sum(square_of_mean) > 0:

@@ -30,21 +30,26 @@ def scale_gradients(optimizer: torch.optim.Optimizer, factor: float) -> None:
         torch._foreach_mul_(gradients, factor)
 
 
-@torch.no_grad()
+def gradient_norm(gradient: Tensor) -> Tensor:
+    """A gradient's norm, shape (), in float32 at least; of a sharded one the norm of this rank's shard."""
+    values = _values(gradient.detach())
+    norm: Tensor = torch._foreach_norm([values], 2, dtype=torch.promote_types(values.dtype, torch.float32))[0]
+    return norm
+
+
 def gradient_norms(gradients: Sequence[Tensor]) -> list[Tensor]:
-    """The norm of each gradient, shape (), in float32 at least; of a sharded one the norm of this rank's shard."""
-    norms: list[Tensor] = [torch.empty(0)] * len(gradients)
+    """The norm of each gradient, as :func:`gradient_norm` takes it, in as few kernels as possible."""
+    norms: dict[int, Tensor] = {}
     groups: dict[Any, tuple[list[int], list[Tensor]]] = {}
     for index, gradient in enumerate(gradients):
-        values = _values(gradient)
+        values = _values(gradient.detach())
         indices, group = groups.setdefault((values.device, values.dtype), ([], []))
         indices.append(index)
         group.append(values)
     for (_, dtype), (indices, group) in groups.items():
         found = torch._foreach_norm(group, 2, dtype=torch.promote_types(dtype, torch.float32))
-        for index, norm in zip(indices, found, strict=True):
-            norms[index] = norm
-    return norms
+        norms.update(zip(indices, found, strict=True))
+    return [norms[index] for index in range(len(gradients))]
 
 
 def _values(gradient: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from lightning_llm.callbacks.gradients import gradient_norms
+from lightning_llm.callbacks.gradients import gradient_norm, gradient_norms
 
 
 class GradientWatch:
@@ -155,7 +155,6 @@ class GradientWatch:
                 f"{strange} are split or replicated otherwise (tensor parallelism, hybrid sharding). Leave it out."
             )
 
-    @torch.no_grad()
     def _on_gradient(self, parameter: nn.Parameter, group: int, gradient: Tensor | None) -> None:
         if self._norms is None or gradient is None:
             return
@@ -172,7 +171,7 @@ class GradientWatch:
 
     def _norm(self, parameter: nn.Parameter, group: int, gradient: Tensor) -> list[Tensor]:
         conditioned = self._conditioned(parameter, group, gradient)
-        return [] if conditioned is None else gradient_norms([conditioned])
+        return [] if conditioned is None else [gradient_norm(conditioned)]
 
     @torch.no_grad()
     def _conditioned(self, parameter: nn.Parameter, group: int, gradient: Tensor) -> Tensor | None:
@@ -190,9 +189,10 @@ class GradientWatch:
             )
         settings = self._optimizer.param_groups[group]
         moment, steps = state["exp_avg_sq"], torch.as_tensor(state["step"])
-        lost = self._betas[group] ** steps.to(_exact(steps.device))  # its share of the average that starts from 0
-        root = (moment / (1 - lost)).sqrt_().add_(settings["eps"])
-        return torch.where(moment > 0, gradient / root, 0.0)
+        started = 1 - self._betas[group] ** steps.to(_exact(steps.device))  # what an average from 0 has come to hold
+        root: Tensor = moment.to(torch.promote_types(moment.dtype, torch.float32)).sqrt()
+        quotient = root.div_(started.sqrt()).add_(settings["eps"]).reciprocal_().mul_(gradient)
+        return quotient.masked_fill_(moment == 0, 0.0)
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

@@ -31,6 +31,24 @@ def forget_global_seed() -> Iterator[None]:
         os.environ.pop(name, None)
 
 
+@pytest.fixture(autouse=True)
+def unwrap_loaders() -> Iterator[None]:
+    """Lightning wraps the classes of loaders while it asks for one, and leaves them so if that raises."""
+    yield
+    if "torch" not in sys.modules:
+        return
+    from torch.utils.data import BatchSampler, DataLoader
+
+    classes = [DataLoader, BatchSampler]
+    while classes:
+        loader: Any = classes.pop()
+        classes += loader.__subclasses__()
+        for name in ("__init__", "__setattr__", "__delattr__"):
+            if f"__old{name}" in vars(loader):
+                setattr(loader, name, vars(loader)[f"__old{name}"])
+                delattr(loader, f"__old{name}")
+
+
 @pytest.fixture
 def tiny_gpt2() -> dict[str, Any]:
     return dict(TINY_GPT2)

@@ -36,6 +36,15 @@ SMALL = {
         "lengths": [128],
         "measured_vocab_size": 300,
     },
+    "06_batch_size": {
+        "num_tokens": 3000,
+        "seeds": (0,),
+        "sweep": (8, 16),
+        "vocab_size": 300,
+        "max_length": 16,
+        "hidden_size": 16,
+        "eval_batches": 1,
+    },
 }
 WRITTEN = {"01_quickstart": "huggingface/last/model.safetensors"}
 

@@ -43,7 +43,7 @@ class GradientNoiseScale(L.Callback):
     how large a batch is worth its cost *now*; the noise scale grows in training, often by orders of magnitude.
 
     Counting in tokens takes a batch's tokens to be independent, which those of a sequence are not: the value holds for
-    batches of sequences like these, and ``noise_scale_sequences`` makes no such assumption.
+    batches of sequences like these. ``noise_scale_sequences`` takes sequences to be independent and equally noisy.
 
     Args:
         smoothing: Of the averages, per measured step: 0.99 looks back over about 200.

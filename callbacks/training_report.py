@@ -16,7 +16,7 @@ class Panel(NamedTuple):
 
     Attributes:
         title: Says what is drawn and its unit.
-        metrics: Those that exist are drawn.
+        metrics: Those that exist are drawn, with what lies between ``<metric>_low`` and ``<metric>_high`` shaded.
         from_zero: Whether the axis starts at 0 (amounts) or fits the values (losses).
     """
 
@@ -30,7 +30,9 @@ PANELS = (
     Panel("bits per byte of validation text", ("val/bits_per_byte",), from_zero=False),
     Panel("label tokens per second", ("train/tokens_per_s",)),
     Panel("global batch (label tokens)", ("train/global_batch_tokens",)),
-    Panel("learning rate", ("learning_rate",)),
+    Panel("noise scale (label tokens)", ("train/noise_scale_tokens",)),
+    Panel("learning rate", ("learning_rate", "train/learning_rate")),
+    Panel("sequence length (tokens)", ("train/sequence_length",)),
     Panel("model FLOP utilisation", ("train/mfu",)),
 )
 _COLUMNS = 3
@@ -140,6 +142,7 @@ def plot_history(history: History, path: Path, *, zlib_bits_per_byte: float | No
         for color, name in enumerate(panel.metrics):
             if name in history:
                 _draw(axes, name, history[name], f"C{color}")
+                _draw_interval(axes, name, history, f"C{color}")
         if panel.metrics == ("val/bits_per_byte",) and zlib_bits_per_byte is not None:
             axes.axhline(zlib_bits_per_byte, color="0.4", linestyle="--", linewidth=1, label="zlib -9, same text")
         _finish(axes, panel)
@@ -161,6 +164,14 @@ def _draw(axes: Any, name: str, points: list[tuple[int, float]], color: str) -> 
     axes.plot(steps, means, color=color, label=f"{name} (running mean)", linewidth=1.6)
 
 
+def _draw_interval(axes: Any, name: str, history: History, color: str) -> None:
+    low, high = (dict(history.get(f"{name}_{end}", ())) for end in ("low", "high"))
+    steps = sorted(low.keys() & high.keys())
+    if steps:
+        ends = ([end[step] for step in steps] for end in (low, high))
+        axes.fill_between(steps, *ends, color=color, alpha=0.2, linewidth=0, label="its interval")
+
+
 def _finish(axes: Any, panel: Panel) -> None:
     axes.set_title(panel.title, fontsize=10, loc="left")
     axes.set_xlabel("optimizer step", fontsize=9)
@@ -172,7 +183,7 @@ def _finish(axes: Any, panel: Panel) -> None:
         highest = max((max(line.get_ydata()) for line in axes.get_lines()), default=0.0)
         axes.set_ylim(0, 1.15 * highest or 1.0)
     axes.yaxis.set_major_formatter(_tick)
-    if len(axes.get_lines()) > 1:
+    if len(axes.get_lines()) + len(axes.collections) > 1:
         axes.legend(fontsize=8, frameon=False)
 
 

@@ -4,11 +4,19 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from matplotlib.figure import Figure
 from support import Plain, pad_rows, ragged_rows
 from torch.utils.data import DataLoader
 
 from lightning_llm import LLMModule
-from lightning_llm.callbacks import HuggingFaceCheckpoint, TokenThroughput, TrainingReport
+from lightning_llm.callbacks import (
+    GradientNoiseScale,
+    HuggingFaceCheckpoint,
+    LearningRateScaling,
+    TokenThroughput,
+    TokenWeightedAccumulation,
+    TrainingReport,
+)
 from lightning_llm.callbacks.training_report import _tick, plot_history
 
 
@@ -44,6 +52,28 @@ def test_report_of_any_module_without_logger(quiet_trainer, tmp_path, capsys):
     quiet_trainer(max_epochs=1, callbacks=[TrainingReport("plain.svg")]).fit(Plain(), data)
     assert (tmp_path / "plain.svg").exists()
     assert "4 optimizer steps" in capsys.readouterr().out
+
+
+def test_noise_scale_with_its_interval_batch_learning_rate_and_loss_are_in_one_picture(
+    tiny_gpt2, quiet_trainer, tmp_path, monkeypatch
+):
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: (figures.append(figure), save(figure, path)))
+    report = TrainingReport()
+    callbacks = [TokenWeightedAccumulation(), GradientNoiseScale(), TokenThroughput(), LearningRateScaling(), report]
+    trainer = quiet_trainer(max_epochs=2, accumulate_grad_batches=4, callbacks=callbacks)
+    trainer.fit(LLMModule(tiny_gpt2, warmup=0, lr_schedule="linear"), loader(ragged_rows(64)))
+    panels = {axes.get_title(loc="left"): axes for axes in figures[0].axes}
+    batch, rate = panels["global batch (label tokens)"], panels["learning rate"]
+    assert [line.get_label() for line in rate.get_lines()] == ["learning_rate", "train/learning_rate"]
+    assert len(batch.get_lines()[0].get_xdata()) == trainer.global_step == 16
+    noise = panels["noise scale (label tokens)"]
+    low, high = (dict(report.history[f"train/noise_scale_tokens_{end}"]) for end in ("low", "high"))
+    corners = {(int(x), float(y)) for x, y in noise.collections[0].get_paths()[0].vertices}
+    assert {(step, low[step]) for step in low.keys() & high.keys()} <= corners
+    assert {(step, high[step]) for step in low.keys() & high.keys()} <= corners
+    assert low.keys() & high.keys()
 
 
 def test_history_survives_a_resume(tiny_gpt2, quiet_trainer, tmp_path):

@@ -13,7 +13,9 @@ from torch.utils.data import DataLoader
 from lightning_llm import Progress, Schedule
 from lightning_llm.callbacks import (
     AccumulationSchedule,
+    AdaptiveAccumulation,
     DynamicBatchScaler,
+    GradientNoiseScale,
     SequenceLengthSchedule,
     TokenThroughput,
     TokenWeightedAccumulation,
@@ -467,6 +469,9 @@ def test_what_has_no_effect_or_an_unwanted_one_is_said(train):
         train(SequenceLengthSchedule({"0 steps": 32, "2 steps": 64}), max_steps=1)
     with pytest.warns(UserWarning, match=r"AccumulationSchedule\(target='sequences'\) counts rows.*target='tokens'"):
         train(SequenceLengthSchedule(8), AccumulationSchedule(4, target="sequences"), max_steps=1)
+    follower = AdaptiveAccumulation((2, 8), unit="sequences")
+    with pytest.warns(UserWarning, match=r"AdaptiveAccumulation\(unit='sequences'\) counts rows.*global_batch_tokens"):
+        train(SequenceLengthSchedule(8), GradientNoiseScale(), follower, max_steps=1)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*SequenceLengthSchedule")
         train(SequenceLengthSchedule(8), AccumulationSchedule(400, target="tokens"), max_steps=1)

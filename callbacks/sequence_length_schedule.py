@@ -121,6 +121,8 @@ class SequenceLengthSchedule(L.Callback):
             rehearse_step(trainer)
         self._counts = "tokens" in self.schedule.units
         self._counted = []
+        self._settle(trainer)
+        self._pending = (trainer.global_step, 0.0)  # a step that an earlier fit left undone is done anew
         self._trainer = trainer
 
     def on_before_optimizer_step(

@@ -42,9 +42,9 @@ class AccumulationSchedule(ExactWindows):
         log_name: Name under which the number of micro-batches in the step is logged; None for none.
 
     Raises:
-        ValueError: For milestones that are no schedule or ask for less than one micro-batch; with manual
-            optimization, a strategy that accumulates inside its own engine (DeepSpeed),
-            ``Trainer(accumulate_grad_batches=...)``, or another callback that sets it.
+        ValueError: For milestones that are no schedule or ask for less than one micro-batch; for the name of a ramp
+            with ``target="micro_batches"``; with manual optimization, a strategy that accumulates inside its own engine
+            (DeepSpeed), ``Trainer(accumulate_grad_batches=...)``, or another callback that sets it.
 
     References:
         Lightning issues 21534 (schedules by step), 19987 (short last window), 20550 (loader state); Smith et al.,
@@ -63,6 +63,11 @@ class AccumulationSchedule(ExactWindows):
         if target not in get_args(Target):
             raise ValueError(f"`target` must be 'micro_batches', 'sequences' or 'tokens', but got {target!r}.")
         self.schedule = as_schedule(milestones, interpolation)
+        if isinstance(milestones, str) and target == "micro_batches":
+            raise ValueError(
+                f"The ramp {milestones!r} gives a global batch, not a number of micro-batches. Set target='sequences' "
+                f"or 'tokens', whichever its batches are in."
+            )
         whole = all(value.is_integer() for value in self.schedule.values)
         if min(self.schedule.values) < 1 or (target == "micro_batches" and not whole):
             raise ValueError(f"`milestones` need whole numbers of {target}, 1 at least; got {self.schedule.values}.")

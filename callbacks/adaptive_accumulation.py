@@ -54,7 +54,7 @@ def next_batch(
         bounds: Smallest and largest batch.
         share: The batch wanted, as a share of the noise scale.
         hysteresis: The batch stays while it is off the wanted one by less than this factor.
-        max_change: The factor by which it changes at most.
+        max_change: The factor by which it changes at most; by 1 it may always change.
         max_spread: The batch stays where the interval's ends are further apart than this factor.
         since_change: Optimizer steps since the last change.
         min_steps: Optimizer steps that a batch is kept at least.
@@ -84,6 +84,8 @@ def next_batch(
     if is_inside and batch / hysteresis < wanted < batch * hysteresis:
         return Decision(batch, "close", found)
     new = round(min(max(wanted, batch / max_change), batch * max_change))
+    if abs(new - batch) < 1 <= abs(wanted - batch):  # a batch of few sequences would be rounded back for ever
+        new = round(batch + math.copysign(1, wanted - batch))
     if new == batch:
         return Decision(batch, "close", found)
     if abs(math.log(wanted / batch)) > math.log(max_change):

@@ -67,7 +67,7 @@ class BatchContent:
     def begin_window(self, trainer: L.Trainer, batch: Any) -> None:
         """Before a window's first micro-batch; the run's very first is measured."""
         self._window = []
-        if self.target != "micro_batches" and self.mean is None:
+        if self.target != "micro_batches" and not self.mean:  # a first one without a token says nothing
             mine = self._count(trainer, batch, self.target)
             self.mean = float(trainer.strategy.reduce(mine, reduce_op="mean"))
 
@@ -92,8 +92,7 @@ class BatchContent:
             self.tokens += everything[-1] * share * data_parallel_size(trainer)
         if self.target != "micro_batches":
             mean = typical[self.kinds.index(self.target)] / number
-            assert self.mean is not None
-            self.mean = _MEMORY * self.mean + (1 - _MEMORY) * mean
+            self.mean = _MEMORY * self.mean + (1 - _MEMORY) * mean if self.mean else mean
 
     def _count(self, trainer: L.Trainer, batch: Any, kind: str) -> Tensor:
         device = trainer.strategy.root_device

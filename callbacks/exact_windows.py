@@ -229,7 +229,8 @@ class ExactWindows(L.Callback):
     def _size(self, target: float, content: float | None, ranks: int) -> int:
         if self.target == "micro_batches":
             return max(1, round(target))
-        assert content is not None
+        if not content:
+            return 1  # no token so far: the next micro-batch will tell
         size = micro_batches_for(target, content * ranks)
         if not 0.5 <= size * content * ranks / target <= 2 and not self._has_warned:
             rank_zero_warn(

@@ -24,9 +24,9 @@ from lightning_llm.parallel import data_parallel_size
 _UNITS = ("tokens", "sequences")
 _ONE_PART = (
     "GradientNoiseScale compares the gradients of two micro-batches of an optimizer step at least, but this step has "
-    "one, on one rank: it is not measured. Set Trainer(accumulate_grad_batches=2) or more, use several ranks or "
-    "DynamicBatchScaler(max_piece=...), or pass consecutive=True, which compares steps that follow each other and "
-    "keeps a copy of the gradient."
+    "one, on one rank: it is not measured. Set Trainer(accumulate_grad_batches=2) or more (where a callback sets the "
+    "global batch: one of two micro-batches at least), use several ranks or DynamicBatchScaler(max_piece=...), or pass "
+    "consecutive=True, which compares steps that follow each other and keeps a copy of the gradient."
 )
 
 

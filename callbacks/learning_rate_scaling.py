@@ -164,6 +164,7 @@ class LearningRateScaling(L.Callback):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._in_step = False  # also where the step never came to its end
         for optimizer in trainer.optimizers:
             self._restore(optimizer)
 

@@ -121,6 +121,8 @@ class SequenceLengthSchedule(L.Callback):
             rehearse_step(trainer)
         self._counts = "tokens" in self.schedule.units
         self._counted = []
+        self._settle(trainer)
+        self._pending = (trainer.global_step, 0.0)  # a step that an earlier fit left undone is done anew
         self._trainer = trainer
 
     def on_before_optimizer_step(
@@ -265,7 +267,13 @@ def _warn(schedule: SequenceLengthSchedule, trainer: L.Trainer) -> None:
         )
     for other in trainer.callbacks:  # type: ignore[attr-defined]
         if getattr(other, "target", None) == "sequences":
+            option, others = "target", "target='tokens' or 'micro_batches'"
+            if hasattr(other, "unit"):
+                option, others = (
+                    "unit",
+                    "unit='tokens', or global_batch_tokens where the data module has a global batch",
+                )
             rank_zero_warn(
-                f"{type(other).__name__}(target='sequences') counts rows, and SequenceLengthSchedule makes more of "
-                f"them while they are short: a step would hold fewer tokens. Use target='tokens' or 'micro_batches'."
+                f"{type(other).__name__}({option}='sequences') counts rows, and SequenceLengthSchedule makes more of "
+                f"them while they are short: a step would hold fewer tokens. Use {others}."
             )

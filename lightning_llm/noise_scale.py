@@ -121,7 +121,8 @@ class NoiseScaleAverage:
             confidence: Share of such intervals that hold the truth.
 
         Returns:
-            Lower and upper end; None with fewer than three steps.
+            Lower and upper end, both infinite where no finite ratio fits; None with fewer than three steps, and where
+            the smoothing (1/3 or less) makes the average one over fewer.
 
         References:
             Fieller, Some problems in interval estimation (1954).
@@ -188,4 +189,5 @@ def _fieller(
     if rest <= 0:  # neither noise nor signal is sure to be there
         return 0.0, math.inf
     # The other root is negative: ratios beyond infinity. In this form it holds for square = 0 too.
-    return rest / (half + root), math.inf
+    ahead = half + root  # 0 where the signal is 0 in every step: no finite ratio fits
+    return (rest / ahead if ahead > 0 else math.inf), math.inf

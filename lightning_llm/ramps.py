@@ -4,16 +4,19 @@ Each is a :class:`~lightning_llm.Schedule` for ``AccumulationSchedule`` or ``Tex
 In YAML a ramp stands by its name, with the published figures, or as a ``class_path`` with one's own::
 
     milestones: llama-3
+    target: tokens
 
     milestones:
       class_path: lightning_llm.ramps.llama_3
       init_args: {start: 32_000, run: 2B tokens}
+    target: tokens
 
 Put ``LearningRateScaling(power=0.5)`` beside it for a learning rate that follows.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -134,6 +137,11 @@ def critical_batch(measured: dict[str, float], start: float) -> Schedule:
     """
     if not measured:
         raise ValueError("Without a measurement there is nothing to follow, for instance {'10B tokens': 900}.")
+    if not 0 < start < math.inf or not all(math.isfinite(critical) for critical in measured.values()):
+        raise ValueError(
+            f"`start` and the measured critical batches are finite, and `start` is above 0, but got start={start} and "
+            f"{measured}. Leave out where a noise scale is infinite: no signal showed there."
+        )
     times = [Duration.parse(at) for at in measured]
     milestones, batch = {str(Duration(0.0, times[0].unit)): start}, start
     for at, critical in zip(times, measured.values(), strict=True):

@@ -161,6 +161,15 @@ def test_interval_has_no_upper_end_without_signal_and_starts_at_zero_without_noi
     assert below.interval()[1] == math.inf
 
 
+@pytest.mark.parametrize("signal", [-1.0, 0.0])
+def test_the_same_step_over_and_over_without_signal_has_no_finite_ratio(signal):
+    average = NoiseScaleAverage(0.9)
+    for _ in range(5):
+        average.update(8.0, signal)
+    assert average.noise_scale == math.inf
+    assert average.interval() == (math.inf, math.inf)
+
+
 def test_no_unit_of_measure_matters():
     rng = np.random.default_rng(2)
     plain, scaled, longer = (NoiseScaleAverage(0.9) for _ in range(3))

@@ -59,6 +59,8 @@ def test_the_batch_doubles_when_the_critical_batch_has_doubled():
         ("linear", {"start": 2}, r"'linear' needs other options: .*Call lightning_llm\.ramps\.linear"),
         ("llama-3", {"end": 2}, "'llama-3' needs other options"),
         ("critical-batch", {"measured": {}, "start": 2}, "nothing to follow"),
+        ("critical-batch", {"measured": {"1B tokens": 900}, "start": 0}, "above 0, but got start=0"),
+        ("critical-batch", {"measured": {"1B tokens": float("inf")}, "start": 2}, "finite"),
     ],
 )
 def test_a_ramp_that_cannot_be_made_says_why(name, options, message):
@@ -82,6 +84,8 @@ def test_ramps_are_taken_by_callback_and_data_module_by_name_and_ready():
         assert BatchSettings(global_batch_size=milestones).schedule.milestones == deepseek_v3().milestones
     with pytest.raises(ValueError, match="whole numbers of micro_batches"):
         AccumulationSchedule(Seesaw(3, "1M tokens", stair=1.5).batch)
+    with pytest.raises(ValueError, match=r"'llama-3' gives a global batch.*target='sequences' or 'tokens'"):
+        AccumulationSchedule("llama-3")
 
 
 @pytest.mark.parametrize("name", sorted(RAMPS))

@@ -415,6 +415,16 @@ def test_a_global_batch_below_one_micro_batch_is_said(quiet_trainer):
         )
 
 
+def test_first_micro_batches_without_a_token_do_not_stretch_a_step_to_the_epochs_end(quiet_trainer):
+    entries = torch.ones(16, 3)
+    entries[:2] = 0.0
+    windows = Windows()
+    schedule = AccumulationSchedule(8, target="tokens", token_fn=lambda batch: 4 * batch[0][:, 0].sum())
+    data = DataLoader(torch.utils.data.TensorDataset(entries), batch_size=1)
+    quiet_trainer(max_epochs=1, callbacks=[windows, schedule]).fit(Plain(), data)
+    assert windows.sizes == [1, 1, *[2] * 7]
+
+
 def test_tokens_of_a_batch_without_labels_need_a_function(quiet_trainer):
     with pytest.raises(TypeError, match="token_fn"):
         quiet_trainer(max_epochs=1, callbacks=[AccumulationSchedule(64, target="tokens")]).fit(Plain(), batches(4))

@@ -54,6 +54,8 @@ def narrow(noise_scale, spread=1.2):
         (1100, 990, {}, (990, "shrink")),  # from outside the bounds, hysteresis or not
         (4, 11, {}, (8, "grow")),
         (100, 100.2, {"hysteresis": 1}, (100, "close")),
+        (10, 900, {"max_change": 1.04}, (11, "grow")),  # 10.4 would be 10 again
+        (12, 10.9, {"max_change": 1.04, "hysteresis": 1.05}, (11, "shrink")),
     ],
 )
 def test_each_rule_decides_where_it_should(batch, noise_scale, options, expected):

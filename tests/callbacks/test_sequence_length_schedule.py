@@ -13,7 +13,9 @@ from torch.utils.data import DataLoader
 from lightning_llm import Progress, Schedule
 from lightning_llm.callbacks import (
     AccumulationSchedule,
+    AdaptiveAccumulation,
     DynamicBatchScaler,
+    GradientNoiseScale,
     SequenceLengthSchedule,
     TokenThroughput,
     TokenWeightedAccumulation,
@@ -272,17 +274,24 @@ def test_a_step_that_fails_has_trained_on_no_token(train, tmp_path):
     class Failing(Module):
         def on_before_optimizer_step(self, optimizer):
             super().on_before_optimizer_step(optimizer)
-            if self.global_step == 3:
+            if self.global_step == 3 and self.fails:
                 raise RuntimeError("on purpose")
 
     class Last(L.Callback):
         def on_exception(self, trainer, pl_module, exception):
-            self.state = schedule.state_dict()
+            self.state, self.trainer = schedule.state_dict(), trainer
 
-    schedule, seen, last = SequenceLengthSchedule({"0 tokens": 8, "1M tokens": 16}), Seen(), Last()
+    schedule, seen, last, module = SequenceLengthSchedule({"0 tokens": 8, "1M tokens": 16}), Seen(), Last(), Failing()
+    module.fails = True
     with pytest.raises(RuntimeError, match="on purpose"):
-        train(last, seen, schedule, module=Failing())
-    assert last.state["tokens"] == sum(len(targets) for step, *_, targets in seen.train if step < 3)
+        train(last, seen, schedule, module=module)
+    tokens = sum(len(targets) for step, *_, targets in seen.train if step < 3)
+    assert last.state["tokens"] == tokens
+
+    module.fails, seen.train = False, []
+    last.trainer.fit(module, data_module(tmp_path))  # goes on at the fourth step
+    assert {step for step, *_ in seen.train} == {3, 4, 5}
+    assert schedule.state_dict()["tokens"] == tokens + sum(len(targets) for *_, targets in seen.train)
 
 
 def test_a_checkpoint_loads_without_trusting_it_and_a_second_run_starts_anew(train, tmp_path):
@@ -467,6 +476,9 @@ def test_what_has_no_effect_or_an_unwanted_one_is_said(train):
         train(SequenceLengthSchedule({"0 steps": 32, "2 steps": 64}), max_steps=1)
     with pytest.warns(UserWarning, match=r"AccumulationSchedule\(target='sequences'\) counts rows.*target='tokens'"):
         train(SequenceLengthSchedule(8), AccumulationSchedule(4, target="sequences"), max_steps=1)
+    follower = AdaptiveAccumulation((2, 8), unit="sequences")
+    with pytest.warns(UserWarning, match=r"AdaptiveAccumulation\(unit='sequences'\) counts rows.*global_batch_tokens"):
+        train(SequenceLengthSchedule(8), GradientNoiseScale(), follower, max_steps=1)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*SequenceLengthSchedule")
         train(SequenceLengthSchedule(8), AccumulationSchedule(400, target="tokens"), max_steps=1)

@@ -21,7 +21,7 @@ _COUNTS_FROM_PADDING = {
     *("longformer", "mpnet", "ibert", "luke", "layoutlmv3", "markuplm", "lilt"),
 }
 # Of every configuration, though no signature and no dictionary of theirs names them.
-_KNOWN_KEYS = {"attn_implementation", "_attn_implementation", "num_labels"}
+_KNOWN_KEYS = {"attn_implementation", "_attn_implementation", "num_labels", "decoder_start_token_id"}
 
 
 def resolve_config(source: ModelSource, *, trust_remote_code: bool = False) -> PretrainedConfig:

@@ -103,11 +103,19 @@ def class_cross_entropy(logits: Tensor, targets: Tensor) -> TokenLoss:
     Returns:
         The sum in nats and the number of targets, both of shape (); 0 with a graph where there is none.
 
+    Raises:
+        ValueError: If there are more or fewer targets than predictions.
+
     Example:
         >>> loss = class_cross_entropy(torch.zeros(3, 4), torch.tensor([0, -100, 3]))
         >>> round(loss.total.item(), 4), loss.num_tokens.item()
         (2.7726, 2)
     """
+    if logits.shape[:-1].numel() != targets.numel():  # one target alone would go with every prediction
+        raise ValueError(
+            f"Each prediction needs a target beside it, but logits are {tuple(logits.shape)} and labels "
+            f"{tuple(targets.shape)}. Either the model has the head of another task, or the labels do not fit the rows."
+        )
     targets = targets.flatten()
     total: Tensor = _SummedNLL.apply(logits.flatten(0, -2), targets)  # type: ignore[no-untyped-call]
     return TokenLoss(total, (targets != IGNORE_INDEX).sum())

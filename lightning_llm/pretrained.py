@@ -20,7 +20,8 @@ _COUNTS_FROM_PADDING = {
     *("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "xmod", "data2vec-text"),
     *("longformer", "mpnet", "ibert", "luke", "layoutlmv3", "markuplm", "lilt"),
 }
-_KNOWN_ATTENTION_KEYS = {"attn_implementation", "_attn_implementation"}
+# Of every configuration, though no signature and no dictionary of theirs names them.
+_KNOWN_KEYS = {"attn_implementation", "_attn_implementation", "num_labels", "decoder_start_token_id"}
 
 
 def resolve_config(source: ModelSource, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -124,7 +125,7 @@ def max_positions(config: PretrainedConfig) -> int | None:
     """The longest sequence in tokens that the configuration has positions for; None where it names no limit."""
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
-    if not positions:
+    if not positions or not getattr(text, "position_biased_input", True):  # DeBERTa: distances alone, of any length
         return None
     if text.model_type in _COUNTS_FROM_PADDING:
         return int(positions) - 1 - (text.pad_token_id or 0)
@@ -209,4 +210,4 @@ def _config_from_mapping(fields: dict[str, Any]) -> PretrainedConfig:
 def _field_names(config: PretrainedConfig) -> set[str]:
     """The configuration's fields: transformers keeps a misspelt one as an attribute without a word."""
     parameters = {name for base in type(config).__mro__[:-1] for name in inspect.signature(base).parameters}
-    return parameters | set(config.to_dict()) | set(config.attribute_map) | _KNOWN_ATTENTION_KEYS
+    return parameters | set(config.to_dict()) | set(config.attribute_map) | _KNOWN_KEYS

@@ -134,3 +134,8 @@ def test_dtype_by_name_or_default():
     for bad in ("float31", "int8"):
         with pytest.raises(ValueError, match=f"floating-point type .* but got '{bad}'"):
             resolve_dtype(bad)
+
+
+def test_fields_of_every_configuration_are_known_though_no_class_declares_them():
+    config = resolve_config({"model_type": "t5", "num_labels": 3, "decoder_start_token_id": 0})
+    assert (config.num_labels, config.decoder_start_token_id) == (3, 0)

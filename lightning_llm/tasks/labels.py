@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PretrainedConfig
 
 Labels = Sequence[str] | int
@@ -62,5 +63,12 @@ def set_labels(config: PretrainedConfig, labels: Labels, *, is_built: bool) -> N
             )
         any_config.num_labels = number
     if not isinstance(labels, int):
+        own = [str(any_config.id2label.get(index)) for index in range(number)]
+        if own != list(labels) and sorted(own) == sorted(labels):
+            rank_zero_warn(
+                f"The model has its classes in the order {own}, and the labels are {list(labels)}: a head that was "
+                f"trained means another class by each number. Number the data's labels in the model's order to keep "
+                f"what it knows."
+            )
         any_config.id2label = dict(enumerate(labels))
         any_config.label2id = {name: index for index, name in enumerate(labels)}

@@ -14,6 +14,8 @@ from lightning_llm.tasks.head import HeadTask, check_range, model_inputs
 from lightning_llm.tasks.metrics import Means, TaskMetrics
 from lightning_llm.tasks.target_logits import logits_at_targets, num_right
 
+_FEW = 16  # labels of which each may stand in sight by chance: collators leave one in ten of them
+
 
 class MaskedLM(HeadTask):
     """Predict hidden tokens; ``labels`` (batch, seq) int64 stand at their own positions, -100 elsewhere.
@@ -26,12 +28,13 @@ class MaskedLM(HeadTask):
     collator = "DataCollatorForLanguageModeling(mlm=True)"
 
     def check(self, batch: Mapping[str, Any], config: PretrainedConfig) -> None:
-        """Refuse labels outside the vocabulary."""
+        """Refuse labels outside the vocabulary, and batches in which every label stands in sight."""
         super().check(batch, config)
         labels = batch.get("labels")
         if isinstance(labels, Tensor):
             size = config.get_text_config().vocab_size
             check_range(labels, size, batch, "labels", "They are ids of the model's own tokenizer.")
+            _check_hidden(labels, batch.get("input_ids"))
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> TokenLoss:
         """Sum the cross-entropy over the hidden tokens."""
@@ -66,6 +69,18 @@ class MaskedLM(HeadTask):
         if self.loss_kernel == "plain":
             return self.outputs(model, batch).flatten(0, -2), labels.flatten()
         return logits_at_targets(model, model_inputs(model, batch), is_target), labels[is_target]
+
+
+def _check_hidden(labels: Tensor, input_ids: Any) -> None:
+    """Batches for a decoder have labels too, but nothing is hidden in them: a model would learn to copy."""
+    if labels.device.type != "cpu" or not isinstance(input_ids, Tensor) or input_ids.shape != labels.shape:
+        return
+    is_target = labels != IGNORE_INDEX
+    if int(is_target.sum()) > _FEW and torch.equal(input_ids[is_target], labels[is_target]):
+        raise ValueError(
+            "No token is hidden in this masked-lm batch: each label is the token that `input_ids` shows there. "
+            "transformers' DataCollatorForLanguageModeling(mlm=True) hides some."
+        )
 
 
 def row_nll(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:

@@ -31,6 +31,9 @@ class Seq2Seq(HeadTask):
         generate: Also write texts in validation, test and prediction: arguments of the model's ``generate``, such as
             ``{"max_new_tokens": 64, "num_beams": 4}``, or True for the model's own settings.
         tokenizer: Folder or hub id of what makes words of the texts; the data module's ``tokenizer`` if None.
+
+    Raises:
+        ValueError: If ``generate`` asks for anything but one text for each row.
     """
 
     name = "seq2seq"
@@ -47,6 +50,9 @@ class Seq2Seq(HeadTask):
     ) -> None:
         super().__init__(loss_kernel)
         self.generation = None if generate is False else {} if generate is True else dict(generate)
+        for option, value in (self.generation or {}).items():
+            if (option == "num_return_sequences" and value != 1) or (option == "return_dict_in_generate" and value):
+                raise ValueError(f"Each row gets one text, its token ids: leave {option!r} out of `generate`.")
         self.tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer) if tokenizer is not None else None
 
     def configure(

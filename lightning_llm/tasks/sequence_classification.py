@@ -58,12 +58,15 @@ class SequenceClassification(HeadTask):
     ) -> None:
         """Write classes and problem type into the configuration, for the head and for ``pipeline``."""
         any_config: Any = config
+        was_number = any_config.num_labels == 1
         agreed = agreed_labels(labels, getattr(datamodule, "label_names", None))
         if agreed is not None:
             set_labels(config, agreed, is_built=is_built)
         self.num_labels = int(any_config.num_labels)
         if self._of_model == "":  # what is written below is no word of the model's own
             self._of_model = any_config.problem_type
+        if was_number != (self.num_labels == 1) and self._of_model != "multi_label_classification":
+            self._of_model = None  # said of the head that is replaced: a number became classes, or they a number
         known = self._given or getattr(datamodule, "problem_type", None) or self._of_model
         self.problem_type = known or ("regression" if self.num_labels == 1 else "single_label_classification")
         any_config.problem_type = self.problem_type
@@ -155,9 +158,12 @@ class SequenceClassification(HeadTask):
         if is_single and (labels.is_floating_point() or labels.ndim != 1):
             several = labels.ndim == 2 and labels.shape[1] == self.num_labels
             kind = "multi_label_classification" if several else "regression"
+            advice = f"For such labels pass LLMModule(task_options={{'problem_type': '{kind}'}})."
+            if not several and not labels.is_floating_point():
+                advice = "Give each row the number of its class."
             raise ValueError(
-                f"`labels` of one class a row are (batch,) int64, but got {tuple(labels.shape)} {labels.dtype}. For "
-                f"such labels pass LLMModule(task_options={{'problem_type': '{kind}'}})."
+                f"`labels` of one class a row are (batch,) int64, but got {tuple(labels.shape)} {labels.dtype}. "
+                f"{advice}"
             )
         if not is_single and labels.shape[1:].numel() != self.num_labels:
             raise ValueError(

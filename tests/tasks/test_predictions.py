@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from task_models import BERT, CASES, LLAMA, TAGS, batch_of, padded
+from task_models import BART, BERT, CASES, LLAMA, TAGS, batch_of, padded
 from torch.utils.data import DataLoader
 from transformers import AutoConfig
 
@@ -118,6 +118,8 @@ def test_labels_of_another_kind_name_the_problem_type():
         module.training_step({**batch, "labels": torch.rand(4, 3)}, 0)
     with pytest.raises(ValueError, match="'regression'"):
         module.training_step({**batch, "labels": torch.rand(4)}, 0)
+    with pytest.raises(ValueError, match="Give each row the number of its class"):
+        module.training_step({**batch, "labels": torch.zeros(4, 1).long()}, 0)
     several = CASES["some classes"].module()
     with pytest.raises(ValueError, match="with 4 labels have as many values a row"):
         several.training_step({**batch, "labels": torch.rand(4, 3)}, 0)
@@ -133,6 +135,9 @@ def test_arguments_of_other_tasks_are_refused_with_the_alternative():
         LLMModule(BERT, "masked-lm", loss_kernel="cce")
     with pytest.raises(ValueError, match="takes problem_type, but got problem"):
         LLMModule(BERT, "sequence-classification", task_options={"problem": 1})
+    for option in ({"num_return_sequences": 2}, {"return_dict_in_generate": True}):
+        with pytest.raises(ValueError, match="Each row gets one text.*leave"):
+            LLMModule(BART, "seq2seq", task_options={"generate": option})
     with pytest.raises(ValueError, match="it takes none, but got generate"):
         LLMModule(LLAMA, task_options={"generate": True})
     with pytest.raises(ValueError, match="must be one of causal-lm, masked-lm"):
@@ -158,9 +163,44 @@ def test_packed_batches_are_refused_where_documents_would_see_each_other():
 def test_roberta_has_fewer_positions_than_its_configuration_says():
     module = CASES["masked-lm, roberta"].module().float()
     ids = torch.full((1, 39), 5)
-    module.training_step({"input_ids": ids[:, :38], "labels": ids[:, :38]}, 0)
+    module.training_step({"input_ids": ids[:, :38], "labels": ids[:, :38] + 1}, 0)
     with pytest.raises(ValueError, match="has 38 positions"):
-        module.training_step({"input_ids": ids, "labels": ids}, 0)
+        module.training_step({"input_ids": ids, "labels": ids + 1}, 0)
+
+
+@pytest.mark.parametrize("model_type", ["deberta", "deberta-v2"])
+def test_deberta_that_reads_distances_alone_takes_rows_of_any_length(model_type):
+    sizes = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}
+    module = LLMModule({**BERT, "model_type": model_type, **sizes}, "sequence-classification", labels=2)
+    module.configure_model()
+    ids = torch.full((2, 60), 5)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1])}
+    assert module.training_step(batch, 0)["loss"].isfinite()
+    other = LLMModule({**BERT, "model_type": model_type, "position_biased_input": True}, "sequence-classification")
+    with pytest.raises(ValueError, match="has 40 positions"):
+        other.task.check(batch, other.config)
+
+
+def test_masked_lm_refuses_batches_in_which_nothing_is_hidden():
+    module = CASES["masked-lm, bert"].module()
+    ids = torch.arange(10, 34).view(2, 12)
+    labels = ids.clone()
+    with pytest.raises(ValueError, match=r"No token is hidden.*mlm=True"):
+        module.training_step({"input_ids": ids, "labels": labels}, 0)
+    hidden = ids.clone()
+    hidden[1, 3] = 4
+    module.training_step({"input_ids": hidden, "labels": labels}, 0)
+    few = labels.masked_fill(torch.arange(12) > 3, -100)  # by chance they may stand in sight
+    module.training_step({"input_ids": ids, "labels": few}, 0)
+
+
+def test_a_built_model_with_the_head_of_another_task_is_refused_for_a_single_row_too():
+    built = CASES["masked-lm, bert"].module().model
+    module = LLMModule(built, "sequence-classification")
+    for rows in (1, 3):
+        batch = {"input_ids": torch.full((rows, 8), 5), "labels": torch.zeros(rows).long()}
+        with pytest.raises(ValueError, match="has the head of another task"):
+            module.training_step(batch, 0)
 
 
 # ---- labels ----------------------------------------------------------------------------------------------------------
@@ -190,6 +230,35 @@ def test_classes_come_from_the_argument_the_data_or_the_configuration():
     config = AutoConfig.for_model(**BERT, num_labels=2, id2label={0: "no", 1: "yes"})
     assert LLMModule(config, "sequence-classification").config.id2label == {0: "no", 1: "yes"}
     assert LLMModule(config, "sequence-classification", labels=2).config.id2label == {0: "no", 1: "yes"}
+
+
+def test_a_number_that_becomes_classes_and_classes_that_become_a_number_change_the_problem():
+    def problem_of(labels, **fields):
+        module = LLMModule({**BERT, **fields}, "sequence-classification", labels=labels)
+        assert module.task.problem_type == module.config.problem_type
+        return module.task.problem_type
+
+    number = {"num_labels": 1, "problem_type": "regression"}
+    classes = {"num_labels": 3, "problem_type": "single_label_classification"}
+    assert problem_of(None, **number) == problem_of(1, **number) == problem_of(1, **classes) == "regression"
+    assert problem_of(3, **number) == problem_of(5, **classes) == "single_label_classification"
+    assert problem_of(3, num_labels=2, problem_type="regression") == "regression"
+    several = {"num_labels": 3, "problem_type": "multi_label_classification"}
+    assert problem_of(1, **several) == problem_of(5, **several) == "multi_label_classification"
+    module = LLMModule({**BERT, **number}, "sequence-classification")
+    module.task.configure(module.config, None, datamodule=Names("bad", "good"))  # known only with the data
+    assert module.task.problem_type == "single_label_classification"
+    module.task.configure(module.config, None, datamodule=Names("bad", "good"))
+    assert module.task.problem_type == "single_label_classification"
+
+
+def test_classes_in_another_order_than_the_models_are_told(recwarn):
+    config = {**BERT, "id2label": {0: "bad", 1: "fair", 2: "good"}}
+    for labels in (None, 3, ["bad", "fair", "good"], ["x", "y", "z"]):
+        LLMModule(config, "sequence-classification", labels=labels)
+    assert not any("in the order" in str(warning.message) for warning in recwarn)
+    with pytest.warns(UserWarning, match="in the order.*bad.*fair.*good.*another class"):
+        LLMModule(config, "sequence-classification", labels=["good", "fair", "bad"])
 
 
 def test_classes_that_disagree_are_refused():

@@ -282,7 +282,7 @@ class AdaptiveAccumulation(ExactWindows):
                 self._batch = float(_datamodule(trainer).global_batch)  # of whole rows
         if not self.sets_windows:
             self.global_batch = self._batch
-        if changes or decision.rule != self._rule:
+        if changes or decision.rule not in (self._rule, "waiting"):  # that it waits after a change goes without saying
             self._tell(before, noise_scale, decision)
         self._rule = decision.rule
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_llm.callbacks.counting import num_label_tokens, num_samples
+from lightning_llm.loss import exact_dtype
 from lightning_llm.parallel import data_parallel_size
 
 Target = Literal["micro_batches", "sequences", "tokens"]
@@ -96,6 +97,5 @@ class BatchContent:
 
     def _count(self, trainer: L.Trainer, batch: Any, kind: str) -> Tensor:
         device = trainer.strategy.root_device
-        exact = torch.float32 if device.type == "mps" else torch.float64
         number = num_samples(batch) if kind == "sequences" else self.token_fn(batch)
-        return torch.as_tensor(number, device=device).to(exact)
+        return torch.as_tensor(number, device=device).to(exact_dtype(device))

@@ -17,6 +17,7 @@ from lightning_llm.callbacks.dynamic_batch_scaler import DynamicBatchScaler
 from lightning_llm.callbacks.pieces.columns import truncate
 from lightning_llm.callbacks.pieces.rehearsal import rehearse_step
 from lightning_llm.callbacks.run_progress import check_milestones, progress_of
+from lightning_llm.loss import exact_dtype
 from lightning_llm.parallel import data_parallel_size
 from lightning_llm.schedule import Interpolation, Progress, Schedule
 
@@ -205,8 +206,7 @@ class SequenceLengthSchedule(L.Callback):
         batch = (self.cut_fn or own)(batch, self.sequence_length)
         if self._counts:
             device = trainer.strategy.root_device
-            exact = torch.float32 if device.type == "mps" else torch.float64
-            self._counted.append(torch.as_tensor(self.token_fn(batch)).to(device, exact))
+            self._counted.append(torch.as_tensor(self.token_fn(batch)).to(device, exact_dtype(device)))
         return batch
 
     def _choose(self, trainer: L.Trainer, batch_idx: int) -> None:

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_llm.flops import peak_flops, training_flops_per_token
+from lightning_llm.loss import exact_dtype
 from lightning_llm.parallel import data_parallel_size
 
 
@@ -173,7 +174,7 @@ class TokenThroughput(L.Callback):
         self._paused_at = None
 
     def _add(self, count: TokenCount, device: torch.device) -> None:
-        exact = torch.float32 if device.type == "mps" else torch.float64
+        exact = exact_dtype(device)
         both = [torch.as_tensor(tokens, device=device).to(exact) for tokens in (count.label, count.real)]
         pair = torch.stack(both)
         self._counted = pair if self._counted is None else self._counted + pair

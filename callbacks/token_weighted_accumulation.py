@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_llm.callbacks.counting import num_samples
 from lightning_llm.callbacks.gradients import parameters_of, scale_gradients
 from lightning_llm.callbacks.step_outputs import listen_to_training_step
+from lightning_llm.loss import exact_dtype
 from lightning_llm.parallel import data_parallel_size
 
 
@@ -212,7 +213,7 @@ class TokenWeightedAccumulation(L.Callback):
                 f"TokenWeightedAccumulation expects training_step to return a mapping with 'loss' and {key!r}, but got "
                 f"{found}. Return it, or pass weight_fn=lambda batch, outputs: ..., or weight='samples'."
             )
-        exact = torch.float32 if loss.device.type == "mps" else torch.float64
+        exact = exact_dtype(loss.device)
         return _Contribution(torch.as_tensor(weight, device=loss.device).detach().to(exact), loss.detach().to(exact))
 
     def _choose_unit(self, trainer: L.Trainer, weight: Tensor) -> float | Tensor:

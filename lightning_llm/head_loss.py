@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_llm.chunked_loss import chunked_cross_entropy, chunked_token_nll
 from lightning_llm.logit_tiles import LogitMap, LossOptions
-from lightning_llm.loss import IGNORE_INDEX, TokenLoss, shift_labels, token_cross_entropy, token_nll
+from lightning_llm.loss import IGNORE_INDEX, TokenLoss, exact_dtype, shift_labels, token_cross_entropy, token_nll
 
 LossKernel = Literal["chunked", "liger", "cce", "plain"]
 HeadFunction = Callable[[Tensor, Tensor, Tensor | None, LogitMap], Tensor]
@@ -243,7 +243,7 @@ def _numbers(shape: tuple[int, ...], device: torch.device) -> Tensor:
     sign = torch.randint(0, 2, shape, generator=generator) * 2 - 1
     numbers = sign * 10.0 ** (6.0 * torch.rand(shape, generator=generator, dtype=torch.float64) - 3.0)
     numbers[0, 0, 0], numbers[0, 0, 1] = 2.0**-30, 2.0**40
-    return numbers.to(device, torch.float32 if device.type == "mps" else torch.float64)
+    return numbers.to(device, exact_dtype(device))
 
 
 # ---- kernels of others -----------------------------------------------------------------------------------------------

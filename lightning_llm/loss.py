@@ -165,6 +165,11 @@ def _slices(logits: Tensor) -> list[slice]:
     return [slice(begin, begin + size) for begin in range(0, max(len(logits), 1), size)]
 
 
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """The type in which sums over many tokens are kept: float64, but float32 on Apple's devices, which have none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def accumulation_dtype(logits: Tensor) -> Tensor:
     """The same values in float32, or in float64 where they are so already."""
     return logits if logits.dtype == torch.float64 else logits.float()

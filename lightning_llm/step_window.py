@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_llm.loss import TokenLoss
+from lightning_llm.loss import TokenLoss, exact_dtype
 
 
 class MicroBatch(NamedTuple):
@@ -72,7 +72,7 @@ class StepWindow:
 
     def _totals(self) -> Tensor:
         totals = torch.stack([micro.loss.total for micro in self._micro_batches])
-        return totals.to(torch.float32 if totals.device.type == "mps" else torch.float64)
+        return totals.to(exact_dtype(totals.device))
 
 
 def _describe_weights(model: nn.Module) -> str:

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lightning_llm.callbacks.gradients import gradient_norm, gradient_norms
+from lightning_llm.loss import exact_dtype
 
 
 class GradientWatch:
@@ -103,7 +104,7 @@ class GradientWatch:
 
     def products(self, others: dict[nn.Parameter, Tensor], device: torch.device) -> Tensor:
         """Inner product of the step's gradients with ``others``, (groups,)."""
-        exact = _exact(device)
+        exact = exact_dtype(device)
         result = torch.zeros(self.num_groups, device=device, dtype=exact)
         for parameter, group in self._groups().items():
             if parameter.grad is not None and parameter in others:
@@ -189,7 +190,8 @@ class GradientWatch:
             )
         settings = self._optimizer.param_groups[group]
         moment, steps = state["exp_avg_sq"], torch.as_tensor(state["step"])
-        started = 1 - self._betas[group] ** steps.to(_exact(steps.device))  # what an average from 0 has come to hold
+        steps = steps.to(exact_dtype(steps.device))
+        started = 1 - self._betas[group] ** steps  # what an average from 0 has come to hold
         root: Tensor = moment.to(torch.promote_types(moment.dtype, torch.float32)).sqrt()
         quotient = root.div_(started.sqrt()).add_(settings["eps"]).reciprocal_().mul_(gradient)
         return quotient.masked_fill_(moment == 0, 0.0)
@@ -207,11 +209,7 @@ def _product(first: Tensor, second: Tensor) -> Tensor:
     return torch.dot(first.flatten().to(wide), second.flatten().to(wide))
 
 
-def _exact(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def _sum_of_squares(norms: list[Tensor], device: torch.device) -> Tensor:
     if not norms:
-        return torch.zeros((), device=device, dtype=_exact(device))
-    return torch.stack([norm.to(device) for norm in norms]).to(_exact(device)).square().sum()
+        return torch.zeros((), device=device, dtype=exact_dtype(device))
+    return torch.stack([norm.to(device) for norm in norms]).to(exact_dtype(device)).square().sum()

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_llm.loss import exact_dtype
+
 
 class PieceLogs:
     """Holds back what ``self.log`` is given inside pieces, and passes it on once for the batch.
@@ -97,7 +99,7 @@ def weighted_mean(values: Sequence[Tensor], weights: Sequence[Any]) -> Tensor:
     if len(values) == 1:
         return values[0]
     stacked = torch.stack(list(values))
-    exact = torch.float32 if stacked.device.type == "mps" else torch.float64
+    exact = exact_dtype(stacked.device)
     scale = torch.stack([torch.as_tensor(weight, device=stacked.device).to(exact) for weight in weights])
     total = scale.sum()
     weighted = torch.where(scale > 0, stacked.to(exact), 0.0) * scale  # what has no weight may be NaN

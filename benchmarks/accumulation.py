@@ -11,7 +11,6 @@ launch: there the ratio alone counts).
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import threading
 import time
@@ -20,7 +19,7 @@ from typing import Any
 
 import lightning as L
 import torch
-import transformers
+from command_line import describe_machine, make_parser
 from overhead import CONFIG, Turns, TurnTaking
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -134,22 +133,10 @@ def compare(options: argparse.Namespace, callbacks: list[L.Callback]) -> tuple[f
 
 def main() -> None:
     """Print one line per set-up."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--warmup", type=int, default=3, help="steps left out at the start")
+    parser = make_parser(__doc__, steps=20, warmup=3, micro_batch_size=2)
     parser.add_argument("--accumulate", type=int, default=4)
-    parser.add_argument("--micro_batch_size", type=int, default=2)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--vocab_size", type=int, default=16384)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--only", default="", help="run the set-ups whose name holds this")
     options = parser.parse_args()
-    device = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    versions = f"torch {torch.__version__}, lightning {L.__version__}, transformers {transformers.__version__}"
-    print(f"{device}, Python {platform.python_version()}, {versions}")
+    print(describe_machine(options.device))
     size = sum(parameter.numel() for parameter in Plain(options).parameters())
     print(
         f"GPT-2 with {size / 1e6:.0f} M parameters, {options.micro_batch_size} x {options.length} tokens, "

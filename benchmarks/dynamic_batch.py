@@ -14,7 +14,6 @@ K micro-batches of the largest power of two that fits.
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import threading
 import time
@@ -22,8 +21,8 @@ from typing import Any
 
 import lightning as L
 import torch
-import transformers
 from accumulation import Plain, ragged_batches
+from command_line import describe_machine, make_parser
 from overhead import Turns, TurnTaking
 
 from lightning_llm.callbacks import DynamicBatchScaler, TokenWeightedAccumulation
@@ -211,23 +210,11 @@ def beyond(options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Print one line per measurement."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--warmup", type=int, default=3, help="steps left out at the start")
-    parser.add_argument("--micro_batch_size", type=int, default=4, help="rows of a loader batch")
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--vocab_size", type=int, default=16384)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--bf16", action="store_true")
+    parser = make_parser(__doc__, steps=20, warmup=3, micro_batch_size=4)
     parser.add_argument("--fp16", action="store_true")
-    parser.add_argument("--only", default="", help="overhead, recovery or beyond")
     options = parser.parse_args()
     options.accumulate = 1
-    device = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    versions = f"torch {torch.__version__}, lightning {L.__version__}, transformers {transformers.__version__}"
-    print(f"{device}, Python {platform.python_version()}, {versions}")
+    print(describe_machine(options.device))
     size = sum(parameter.numel() for parameter in Plain(options).parameters())
     print(f"GPT-2 with {size / 1e6:.0f} M parameters, batches of {options.micro_batch_size} x {options.length}")
     if options.only in ("", "overhead"):

@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import platform
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 
 import accumulation
 import lightning as L
 import torch
-import transformers
+from command_line import describe_machine, make_parser
 from process_memory import memory_bytes, reset_peak
 
 from lightning_llm.callbacks import GradientNoiseScale
@@ -103,22 +102,10 @@ def compare_memory(options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Print what was measured."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--warmup", type=int, default=2, help="steps left out at the start")
+    parser = make_parser(__doc__, steps=12, warmup=2, micro_batch_size=2)
     parser.add_argument("--accumulate", type=int, default=2)
-    parser.add_argument("--micro_batch_size", type=int, default=2)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--vocab_size", type=int, default=16384)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--only", default="", help="time the set-ups whose name holds this")
     options = parser.parse_args()
-    device = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    versions = f"torch {torch.__version__}, lightning {L.__version__}, transformers {transformers.__version__}"
-    print(f"{device}, Python {platform.python_version()}, {versions}")
+    print(describe_machine(options.device))
     size = sum(parameter.numel() for parameter in accumulation.Plain(options).parameters())
     print(
         f"GPT-2 with {size / 1e6:.0f} M parameters, gradient of {4 * size / MIB:.0f} MiB, {options.micro_batch_size} x "

@@ -10,7 +10,6 @@ machine does falls on both; the figure is the ratio of the median times of an op
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import threading
 import time
@@ -18,7 +17,7 @@ from collections.abc import Callable
 
 import lightning as L
 import torch
-import transformers
+from command_line import describe_machine
 from transformers import AutoConfig, AutoModelForCausalLM, get_scheduler
 
 from lightning_llm import LLMModule
@@ -186,9 +185,7 @@ def main() -> None:
     parser.add_argument("--progress_bar", action="store_true")
     parser.add_argument("--only", default="", help="run the set-ups whose name holds this")
     options = parser.parse_args()
-    device = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    versions = f"torch {torch.__version__}, lightning {L.__version__}, transformers {transformers.__version__}"
-    print(f"{device}, Python {platform.python_version()}, {versions}")
+    print(describe_machine(options.device))
     model = f"GPT-2 with {options.layers} layers, hidden size {options.hidden}"
     print(f"{model}, {options.micro_batch_size} x 256 tokens, {options.accumulate} micro-batches a step")
     setups: dict[str, Callable[[], list[L.Callback]] | None] = {

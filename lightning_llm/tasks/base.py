@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from lightning_llm.compatibility import check_length
 from lightning_llm.head_loss import LossKernel
 from lightning_llm.loss import TokenLoss
+from lightning_llm.tasks.labels import agreed_labels, set_labels
 
 
 class Task(ABC):
@@ -50,7 +51,7 @@ class Task(ABC):
         datamodule: Any = None,
         is_built: bool = False,
     ) -> None:
-        """Fit the model's configuration to the task.
+        """Fit the model's configuration to the task: its classes, where it has some.
 
         Args:
             config: Of the model; changed in place.
@@ -61,7 +62,11 @@ class Task(ABC):
         Raises:
             ValueError: If something does not fit.
         """
-        if labels is not None and not self.has_labels:
+        if self.has_labels:
+            agreed = agreed_labels(labels, getattr(datamodule, "label_names", None))
+            if agreed is not None:
+                set_labels(config, agreed, is_built=is_built)
+        elif labels is not None:
             raise ValueError(
                 f"`labels` are the classes of a classifier; the task {self.name!r} has none: leave it out."
             )

@@ -13,7 +13,6 @@ from transformers import PretrainedConfig
 from lightning_llm.head_loss import LossKernel
 from lightning_llm.loss import TokenLoss, accumulation_dtype, class_cross_entropy
 from lightning_llm.tasks.head import HeadTask, check_range
-from lightning_llm.tasks.labels import agreed_labels, set_labels
 from lightning_llm.tasks.metrics import Means, TaskMetrics
 
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
@@ -59,9 +58,7 @@ class SequenceClassification(HeadTask):
         """Write classes and problem type into the configuration, for the head and for ``pipeline``."""
         any_config: Any = config
         was_number = any_config.num_labels == 1
-        agreed = agreed_labels(labels, getattr(datamodule, "label_names", None))
-        if agreed is not None:
-            set_labels(config, agreed, is_built=is_built)
+        super().configure(config, labels, datamodule=datamodule, is_built=is_built)
         self.num_labels = int(any_config.num_labels)
         if self._of_model == "":  # what is written below is no word of the model's own
             self._of_model = any_config.problem_type

@@ -11,7 +11,6 @@ from transformers import PretrainedConfig
 from lightning_llm.head_loss import LossKernel
 from lightning_llm.loss import IGNORE_INDEX, TokenLoss, accumulation_dtype, class_cross_entropy
 from lightning_llm.tasks.head import HeadTask, check_range
-from lightning_llm.tasks.labels import agreed_labels, set_labels
 from lightning_llm.tasks.metrics import Means, SpanMetrics, TaskMetrics, marks_spans
 
 
@@ -37,9 +36,7 @@ class TokenClassification(HeadTask):
     ) -> None:
         """Write the classes into the configuration."""
         any_config: Any = config
-        agreed = agreed_labels(labels, getattr(datamodule, "label_names", None))
-        if agreed is not None:
-            set_labels(config, agreed, is_built=is_built)
+        super().configure(config, labels, datamodule=datamodule, is_built=is_built)
         self.tags = [str(any_config.id2label[index]) for index in range(any_config.num_labels)]
 
     def check(self, batch: Mapping[str, Any], config: PretrainedConfig) -> None:

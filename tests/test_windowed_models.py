@@ -152,7 +152,7 @@ def test_many_windows_in_bfloat16_add_no_error_as_their_gradients_are_summed_in_
     assert errors[0] < 0.8 * errors[1]
 
 
-def refusal(model, match, error=UnsupportedModelError):
+def assert_refused(model, match, error=UnsupportedModelError):
     ids, labels = batch_of(length=24)
     with pytest.raises(error, match=match) as caught:
         windowed_loss(model, ids, labels, window=8).mean.backward()
@@ -166,19 +166,19 @@ def packed_model(name):
 
 @pytest.mark.parametrize("name", ["bloom", "gpt_oss", "falcon"])
 def test_models_that_attend_otherwise_are_refused_and_told_what_to_do(name):
-    assert "gradient_checkpointing" in refusal(packed_model(name), "attend")
+    assert "gradient_checkpointing" in assert_refused(packed_model(name), "attend")
 
 
 def test_encoders_and_encoder_decoders_are_refused():
     bert = AutoModelForMaskedLM.from_config(AutoConfig.for_model("bert", **CONFIGS["bert"]))
-    assert "gradient_checkpointing" in refusal(bert, "encoders, which see a sequence as a whole")
+    assert "gradient_checkpointing" in assert_refused(bert, "encoders, which see a sequence as a whole")
     small = {"vocab_size": 61, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
     t5 = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **small))
     mamba = packed_model("mamba")
-    assert "gradient_checkpointing" in refusal(mamba, "takes no `past_key_values`")
-    assert "gradient_checkpointing" in refusal(t5, "encoder-decoder")
+    assert "gradient_checkpointing" in assert_refused(mamba, "takes no `past_key_values`")
+    assert "gradient_checkpointing" in assert_refused(t5, "encoder-decoder")
     bidirectional = AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", **CONFIGS["bert"]))
-    assert "gradient_checkpointing" in refusal(bidirectional, "causal|cache")
+    assert "gradient_checkpointing" in assert_refused(bidirectional, "causal|cache")
 
 
 @pytest.mark.parametrize("family", LINEAR)
@@ -209,11 +209,11 @@ def test_without_the_gradient_of_the_state_linear_attention_is_wrong(monkeypatch
 def test_chunked_attention_is_refused():
     small = {**CONFIGS["llama"], "intermediate_size_mlp": 48, "num_local_experts": 2, "head_dim": 16}
     config = AutoConfig.for_model("llama4_text", **small, attention_chunk_size=8)
-    refusal(AutoModelForCausalLM.from_config(config), "neither causal nor a causal sliding window")
+    assert_refused(AutoModelForCausalLM.from_config(config), "neither causal nor a causal sliding window")
 
 
 def test_what_depends_on_the_whole_is_refused():
-    refusal(
+    assert_refused(
         build(
             "llama",
             torch.float32,
@@ -228,7 +228,7 @@ def test_what_depends_on_the_whole_is_refused():
     )
     mixtral = packed_model("mixtral")
     mixtral.config.output_router_logits = True
-    refusal(mixtral, "balance of experts")
+    assert_refused(mixtral, "balance of experts")
     small = {
         **CONFIGS["llama"],
         "kv_lora_rank": 8,
@@ -243,15 +243,15 @@ def test_what_depends_on_the_whole_is_refused():
         "moe_intermediate_size": 8,
         "num_key_value_heads": 2,
     }
-    refusal(AutoModelForCausalLM.from_config(AutoConfig.for_model("deepseek_v3", **small)), "latent attention")
+    assert_refused(AutoModelForCausalLM.from_config(AutoConfig.for_model("deepseek_v3", **small)), "latent attention")
     prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    refusal(peft.get_peft_model(build("llama", torch.float32), prompts), "tokens before the sequence")
+    assert_refused(peft.get_peft_model(build("llama", torch.float32), prompts), "tokens before the sequence")
 
 
 def test_wrapped_models_are_refused():
     model = build("llama", torch.float32)
-    refusal(nn.DataParallel(model), "wrapped in DataParallel", ValueError)
-    refusal(torch.compile(model), "torch.compile", ValueError)
+    assert_refused(nn.DataParallel(model), "wrapped in DataParallel", ValueError)
+    assert_refused(torch.compile(model), "torch.compile", ValueError)
 
 
 def test_a_layer_that_leaves_the_cache_out_is_noticed():
@@ -259,4 +259,4 @@ def test_a_layer_that_leaves_the_cache_out_is_noticed():
     layer = model.model.layers[1].self_attn
     forward = layer.forward
     layer.forward = lambda *args, **kwargs: forward(*args, **{**kwargs, "past_key_values": None})
-    refusal(model, "Layer|does not attend to what its cache returned")
+    assert_refused(model, "Layer|does not attend to what its cache returned")

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, cast
 
 import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_llm.datamodules.batches.budget_plan import BudgetPlan
 from lightning_llm.datamodules.batches.global_batch_plan import GlobalBatchPlan
 from lightning_llm.datamodules.batches.plan import BatchPlan, Cursor, Layout, RowPlan
-from lightning_llm.datamodules.mixed_rows import MixedRowDataset
-from lightning_llm.datamodules.rows import EMPTY_ROW, RowDataset
+from lightning_llm.datamodules.rows import EMPTY_ROW
 from lightning_llm.datamodules.trainer_position import (
     align_batches,
     announce_length,
@@ -29,6 +28,33 @@ from lightning_llm.datamodules.trainer_position import (
     step_back_epoch,
     trained_batches,
 )
+from lightning_llm.datamodules.windows import Int64Array
+
+
+class Table(Protocol):
+    """What a loader asks of rows before it makes one.
+
+    Attributes:
+        row_lengths: (num_rows,) int64, tokens in each row.
+        num_label_tokens: Targets in an epoch.
+    """
+
+    @property
+    def row_lengths(self) -> Int64Array: ...  # noqa: D102
+
+    @property
+    def num_label_tokens(self) -> int: ...  # noqa: D102
+
+
+class Rows(Protocol):
+    """Rows by their numbers: ``rows[[3, 17]]`` is the batch of rows 3 and 17; -1 stands for an empty row."""
+
+    @property
+    def table(self) -> Table: ...  # noqa: D102
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row_ids: Sequence[int], /) -> dict[str, Any]: ...
 
 
 class RowLoader:
@@ -57,7 +83,7 @@ class RowLoader:
 
     def __init__(
         self,
-        rows: RowDataset | MixedRowDataset,
+        rows: Rows,
         plan: BatchPlan,
         *,
         rank: int = 0,
@@ -83,7 +109,7 @@ class RowLoader:
         self._wanted_later = False  # not with the next one, which was begun before a resume
         self._dispatch = _Dispatch(weakref.proxy(self))  # no cycle: workers that a cycle keeps alive end slowly
         self._loader: DataLoader[dict[str, Tensor]] = DataLoader(
-            rows,
+            cast("Dataset[dict[str, Tensor]]", rows),
             batch_size=None,
             sampler=self._dispatch,
             num_workers=num_workers,

@@ -5,12 +5,11 @@ A source yields documents one by one, in an order that only depends on the data,
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,15 @@ import pyarrow.parquet as pq
 
 from lightning_llm.datamodules.cache import fingerprint
 from lightning_llm.datamodules.corpus import manual_topics, stdlib_files
+from lightning_llm.datamodules.files import (
+    file_identity,
+    is_saved_dataset,
+    lines_of,
+    load_hub_dataset,
+    load_saved_dataset,
+    looks_like_path,
+    suffix_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +147,7 @@ class StdlibSource(DocumentSource):
 
     def fingerprint(self) -> str:
         """The Python version and its files."""
-        return fingerprint([sys.version, *map(_stat, stdlib_files())])
+        return fingerprint([sys.version, *map(file_identity, stdlib_files())])
 
     @property
     def total_bytes(self) -> int:
@@ -166,7 +174,7 @@ class FileSource(DocumentSource):
 
     def fingerprint(self) -> str:
         """Each file's path, size and time of change, and how rows are read."""
-        return fingerprint([*map(_stat, self.files), self.text_column, str(self.skip_corrupt)])
+        return fingerprint([*map(file_identity, self.files), self.text_column, str(self.skip_corrupt)])
 
     @property
     def total_bytes(self) -> int:
@@ -180,18 +188,18 @@ class FileSource(DocumentSource):
 
     def _records(self, path: Path) -> Iterator[_Record]:
         """Each record's name, how to read its text, and its share of the file."""
-        suffix = _suffix(path)
+        suffix = suffix_of(path)
         try:
             if suffix == ".parquet":
                 for row, (value, size) in enumerate(_parquet_column(path, self.text_column)):
-                    yield f"{path}, row {row}", partial(_check_text, self.text_column, value), size
+                    yield f"{path}, row {row}", partial(check_text, self.text_column, value), size
             elif suffix in _TABLE_SUFFIXES:
-                for number, (line, size) in enumerate(_lines(path), start=1):
+                for number, (line, size) in enumerate(lines_of(path), start=1):
                     if line.strip():
-                        yield f"{path}, line {number}", partial(_json_field, self.text_column, line), size
+                        yield f"{path}, line {number}", partial(json_field, self.text_column, line), size
             else:
                 data = path.read_bytes()
-                yield str(path), partial(_decode, data), len(data)
+                yield str(path), partial(decode, data), len(data)
         except (OSError, pa.ArrowInvalid) as error:
             if getattr(error, "errno", None) is not None:
                 raise  # the disk's or the system's, not the file's
@@ -210,7 +218,7 @@ class DatasetSource(DocumentSource):
 
     def __init__(self, dataset: Any, name: str, text_column: str, skip_corrupt: bool) -> None:
         if text_column not in dataset.column_names:
-            raise _no_column(name, text_column, dataset.column_names)
+            raise no_column(name, text_column, dataset.column_names)
         self.dataset = dataset
         self.name = name
         self.text_column = text_column
@@ -222,7 +230,7 @@ class DatasetSource(DocumentSource):
         values = enumerate(value for batch in batches for value in batch[self.text_column])
         size = self.total_bytes / max(len(self.dataset), 1)
         records = (
-            (f"{self.name}, row {row}", partial(_check_text, self.text_column, value), size) for row, value in values
+            (f"{self.name}, row {row}", partial(check_text, self.text_column, value), size) for row, value in values
         )
         return _read_all(records, self.name, self.skip_corrupt)
 
@@ -279,10 +287,12 @@ def open_source(
         path = Path(data).expanduser()
         if str(data) == STDLIB:
             return StdlibSource()
-        if path.is_dir() and _is_saved_dataset(path):
-            return DatasetSource(_load_from_disk(path, split), str(path), text_column, skip_corrupt)
-        if not path.exists() and not _looks_like_path(data):
-            return DatasetSource(_load_from_hub(str(data), dataset_config, split), str(data), text_column, skip_corrupt)
+        if path.is_dir() and is_saved_dataset(path):
+            return DatasetSource(load_saved_dataset(path, split), str(path), text_column, skip_corrupt)
+        if not path.exists() and not looks_like_path(data, _TEXT_SUFFIXES | _TABLE_SUFFIXES):
+            return DatasetSource(
+                load_hub_dataset(str(data), dataset_config, split), str(data), text_column, skip_corrupt
+            )
         data = [data]
     files = [file for entry in data for file in _files(Path(entry).expanduser())]
     name = str(data[0]) if len(data) == 1 else f"{data[0]} and {len(data) - 1} more"
@@ -296,44 +306,24 @@ def _files(path: Path) -> list[Path]:
     if path.is_file():
         if path.stat().st_size == 0:
             raise ValueError(f"The file {path} is empty. Expected {kinds}.")
-        if _suffix(path) not in _TEXT_SUFFIXES | _TABLE_SUFFIXES:
+        if suffix_of(path) not in _TEXT_SUFFIXES | _TABLE_SUFFIXES:
             raise ValueError(f"Cannot tell what {path} holds from its name. Expected {kinds}.")
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"There is no file or folder at {path}. Check the path, or pass a data set id.")
     visible = (file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts))
-    files = sorted(file for file in visible if file.is_file() and _suffix(file) in _TEXT_SUFFIXES | _TABLE_SUFFIXES)
+    files = sorted(file for file in visible if file.is_file() and suffix_of(file) in _TEXT_SUFFIXES | _TABLE_SUFFIXES)
     if not any(file.stat().st_size for file in files):
         raise FileNotFoundError(f"The folder {path} holds nothing to read. Expected {kinds}.")
     return files
 
 
-def _suffix(path: Path) -> str:
-    """The suffix in lower case; of a compressed file with what it compresses (``.jsonl.gz``)."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in (".gz", ".zst"):
-        return "".join(suffixes[-2:])
-    return suffixes[-1] if suffixes else ""
+def decode(data: bytes, name: str) -> str:
+    """Text of UTF-8 bytes.
 
-
-def _lines(path: Path) -> Iterator[tuple[bytes, int]]:
-    """Lines, and how many bytes of the file were read for each.
-
-    Arrow's decompressors notice a file that was cut short; they read ahead, so that many lines come with none.
+    Raises:
+        CorruptDataError: If they are none.
     """
-    compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
-    with path.open("rb") as file:
-        if compression is None:
-            yield from ((line, len(line)) for line in file)
-            return
-        at = 0
-        with io.BufferedReader(pa.input_stream(file, compression=compression), 1 << 20) as lines:
-            for line in lines:
-                before, at = at, file.tell()
-                yield line, at - before
-
-
-def _decode(data: bytes, name: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -343,9 +333,15 @@ def _decode(data: bytes, name: str) -> str:
         ) from error
 
 
-def _json_field(column: str, line: bytes, name: str) -> str:
+def json_field(column: str, line: bytes, name: str) -> str:
+    """The text in a field of a line of JSON.
+
+    Raises:
+        CorruptDataError: If the line is not an object of JSON, or the field no text.
+        ValueError: If there is no such field.
+    """
     try:
-        record = json.loads(_decode(line, name))
+        record = json.loads(decode(line, name))
     except json.JSONDecodeError as error:
         raise CorruptDataError(
             f"{name} is not valid JSON ({error}). Mend the line, or pass skip_corrupt=True to leave it out."
@@ -353,11 +349,11 @@ def _json_field(column: str, line: bytes, name: str) -> str:
     if not isinstance(record, dict):
         raise CorruptDataError(f"{name} is not a JSON object with a field {column!r}, but a {type(record).__name__}.")
     if column not in record:
-        raise _no_column(name, column, sorted(record))
-    return _check_text(column, record[column], name)
+        raise no_column(name, column, sorted(record))
+    return check_text(column, record[column], name)
 
 
-def _check_text(column: str, value: Any, name: str) -> str:
+def check_text(column: str, value: Any, name: str) -> str:
     """The text itself; JSON can spell halves of characters, which are no text."""
     if not isinstance(value, str):
         raise CorruptDataError(
@@ -374,62 +370,15 @@ def _check_text(column: str, value: Any, name: str) -> str:
     return value
 
 
-def _no_column(name: str, column: str, columns: Sequence[str]) -> ValueError:
+def no_column(name: str, column: str, columns: Sequence[str]) -> ValueError:
+    """The error for a column that is not there."""
     return ValueError(f"{name} has no column {column!r}; its columns are {list(columns)}. Pass text_column=...")
 
 
 def _parquet_column(path: Path, column: str) -> Iterator[tuple[Any, float]]:
     file = pq.ParquetFile(path)
     if column not in file.schema_arrow.names:
-        raise _no_column(str(path), column, file.schema_arrow.names)
+        raise no_column(str(path), column, file.schema_arrow.names)
     size = path.stat().st_size / max(file.metadata.num_rows, 1)
     for batch in file.iter_batches(columns=[column]):
         yield from ((value, size) for value in batch.column(0).to_pylist())
-
-
-def _looks_like_path(data: str | Path) -> bool:
-    """Hub ids are 'name' or 'owner/name'; anything with a known ending or more separators is meant as a path."""
-    text = str(data)
-    return (
-        isinstance(data, Path)
-        or text.startswith((".", "/", "~"))
-        or text.count("/") > 1
-        or "\\" in text
-        or _suffix(Path(text)) in _TEXT_SUFFIXES | _TABLE_SUFFIXES
-    )
-
-
-def _is_saved_dataset(path: Path) -> bool:
-    return (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file()
-
-
-def _load_from_disk(path: Path, split: str) -> Any:
-    import datasets
-
-    return _choose_split(datasets.load_from_disk(str(path)), str(path), split)
-
-
-def _load_from_hub(name: str, config: str | None, split: str) -> Any:
-    import datasets
-
-    try:
-        found = datasets.load_dataset(name, config)
-    except (OSError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise FileNotFoundError(
-            f"{name!r} is neither a file or folder here nor a data set that the hub gives ({error}). Check the "
-            f"spelling, the path, and the connection."
-        ) from error
-    return _choose_split(found, name, split)
-
-
-def _choose_split(found: Any, name: str, split: str) -> Any:
-    if not isinstance(found, Mapping):
-        return found
-    if split not in found:
-        raise ValueError(f"{name} has no split {split!r}; its splits are {sorted(found)}.")
-    return found[split]
-
-
-def _stat(path: Path) -> str:
-    stat = path.stat()
-    return f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"

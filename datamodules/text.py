@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
-from lightning_llm.datamodules.batches.plan import RowPlan
 from lightning_llm.datamodules.batches.settings import Batching, BatchSettings
-from lightning_llm.datamodules.cache import default_cache_dir
-from lightning_llm.datamodules.loader import RowLoader
 from lightning_llm.datamodules.mixed_rows import MixedOrder, MixedRowDataset, mixture_weights
-from lightning_llm.datamodules.order import RowOrder, TableOrder
-from lightning_llm.datamodules.resumable import ResumableDataModule
+from lightning_llm.datamodules.order import RowOrder
+from lightning_llm.datamodules.row_data_module import STAGE_SPLITS, RowDataModule, Split
 from lightning_llm.datamodules.rows import RowDataset, RowTable, Windowing
 from lightning_llm.datamodules.shorter_rows import cut_rows
 from lightning_llm.datamodules.sources import STDLIB
@@ -31,19 +26,12 @@ from lightning_llm.datamodules.text_settings import (
     named_sources,
     part_of,
 )
-from lightning_llm.datamodules.text_source import Split, SplitRows, TextSource, prepare_tokenizer
+from lightning_llm.datamodules.text_source import SplitRows, TextSource, prepare_tokenizer
 from lightning_llm.datamodules.token_store import TokenStore
-from lightning_llm.schedule import Progress, Schedule
-
-_STAGES: dict[str | None, tuple[Split, ...]] = {
-    "fit": ("train", "validation"),
-    "validate": ("validation",),
-    "test": ("test",),
-    "predict": ("test",),
-}
+from lightning_llm.schedule import Schedule
 
 
-class TextDataModule(ResumableDataModule):
+class TextDataModule(RowDataModule):
     """Train a language model on long texts, cut and packed into rows of ``max_length`` tokens.
 
     Tokens are written to disk once and memory-mapped; rows are an index over them, so changing ``max_length``,
@@ -137,16 +125,18 @@ class TextDataModule(ResumableDataModule):
         cache_dir: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        super().__init__(tokenizer, pin_memory)
-        check_numbers(
-            max_length=max_length,
-            micro_batch_size=micro_batch_size,
-            micro_batch_tokens=micro_batch_tokens,
+        super().__init__(
+            tokenizer,
+            BatchSettings(batching, micro_batch_size, micro_batch_tokens, global_batch_size, global_batch_tokens),
             eval_micro_batch_size=eval_micro_batch_size,
-            min_length=min_length,
-            num_workers=num_workers,
+            shuffle=shuffle,
             seed=seed,
+            drop_last=drop_last,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            cache_dir=cache_dir,
         )
+        check_numbers(max_length=max_length, min_length=min_length)
         check_shares(validation_fraction=validation_fraction, temperature=temperature)
         check_windowing("windowing", windowing, "stride", stride, max_length)
         eval_stride = None if eval_context is None else max_length - eval_context
@@ -156,24 +146,15 @@ class TextDataModule(ResumableDataModule):
                 f"batching='padded' is for rows of unequal length, but those of windowing={windowing!r} are full. Use "
                 f"batching='rows' or 'padding_free'."
             )
-        self.batch_settings = BatchSettings(
-            batching, micro_batch_size, micro_batch_tokens, global_batch_size, global_batch_tokens
-        )
         self.max_length = max_length
         self.windowing: Windowing = windowing
         self.eval_windowing: Windowing = eval_windowing or windowing
         self.stride = stride
         self.eval_stride = stride if eval_context is None and eval_windowing in (None, windowing) else eval_stride
-        self.eval_micro_batch_size = eval_micro_batch_size or micro_batch_size
         self.weights = weights
         self.temperature = temperature
         self.vocab_size = vocab_size
         self.append_eos = append_eos
-        self.shuffle = shuffle
-        self.seed = seed
-        self.drop_last = drop_last
-        self.num_workers = num_workers
-        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         self.trust_remote_code = trust_remote_code
         self.sources = {
             name: TextSource(
@@ -211,32 +192,13 @@ class TextDataModule(ResumableDataModule):
         self._lay_out_stage(stage)
 
     def _lay_out_stage(self, stage: str | None) -> None:
-        for split in _STAGES.get(stage, ("train", "validation", "test")):
+        for split in STAGE_SPLITS.get(stage, ("train", "validation", "test")):
             exists = split == "train" or self._has_validation or (split == "test" and (stage or self._has_test))
             if split not in self._rows and exists:
                 self._rows[split] = self._lay_out(split)
         if "train" in self._rows and not self._summarized:
             rank_zero_info(self.summary())
             self._summarized = True
-
-    def train_dataloader(self) -> RowLoader:
-        """Rows of the training documents, in a new order each epoch; from the loaded position, if there is one."""
-        if self._train_loader is not None and not self._train_loader.is_fresh:  # loaders are made anew within a run
-            self._loaded_state = self._train_loader.state_dict()
-        loader: RowLoader = self._resumed(self._make_train_loader())
-        return loader
-
-    def val_dataloader(self) -> RowLoader | list[Any]:
-        """Rows of the validation documents; nothing where there are none."""
-        return self._make_eval_loader("validation") if self._has_validation else []
-
-    def test_dataloader(self) -> RowLoader:
-        """Rows of the test documents."""
-        return self._make_eval_loader("test")
-
-    def predict_dataloader(self) -> RowLoader:
-        """Rows of the test documents, to be scored."""
-        return self._make_eval_loader("test")
 
     # ---- what others may ask -------------------------------------------------------------------------------------
 
@@ -251,36 +213,6 @@ class TextDataModule(ResumableDataModule):
         several = ("packed", "wrapped")
         is_flat = self.batch_settings.batching == "padding_free"
         return is_flat or self.windowing in several or self.eval_windowing in several
-
-    @property
-    def global_batch(self) -> float | None:
-        """The optimizer step's global batch as it now is, in its :attr:`global_batch_unit`; None without one.
-
-        Between two steps it is that of the next one; whole rows, so not always quite what was asked for.
-        """
-        if self._train_loader is None and self.batch_settings.global_batch is not None:
-            return self.batch_settings.schedule(Progress(samples=0))
-        return None if self._train_loader is None else self._train_loader.global_batch
-
-    @property
-    def global_batch_unit(self) -> Literal["sequences", "tokens"] | None:
-        """What the global batch counts: rows, or label tokens; None without one."""
-        if self.batch_settings.global_batch is None:
-            return None
-        return "sequences" if self.batch_settings.global_batch_tokens is None else "tokens"
-
-    def set_global_batch(self, size: float) -> None:
-        """Let each optimizer step from the next one on hold so many rows, or label tokens if it was given in tokens.
-
-        For callbacks; call it on every rank with the same number. The number is in the checkpoint.
-
-        Raises:
-            TypeError: Without ``global_batch_size`` or ``global_batch_tokens``.
-            RuntimeError: Outside of training.
-        """
-        if self._train_loader is None:
-            raise RuntimeError("There is no training loader yet, and so no global batch: call this during training.")
-        self._train_loader.set_global_batch(size)
 
     def cut_batch(self, batch: Mapping[str, Any], length: int) -> Mapping[str, Any]:
         """A training batch in rows of ``length`` tokens at most, every target in one of them; for callbacks.
@@ -378,59 +310,10 @@ class TextDataModule(ResumableDataModule):
         numbers = [self.source_names.index(name) for name in datasets]
         return MixedRowDataset(datasets, numbers, list(self._mixture_weights().values()) if is_train else None)
 
-    def _make_train_loader(self) -> RowLoader:
-        self._check_trainer()
-        dataset = self._dataset("train")
-        trainer: Any = self.trainer
-        overfits = trainer is not None and trainer.overfit_batches > 0  # the same few batches again and again
-        seed = self.seed if self.shuffle and not overfits else None
-        order: RowOrder = TableOrder(len(dataset), seed)
+    def _order(self, dataset: RowDataset | MixedRowDataset) -> RowOrder:
         if isinstance(dataset, MixedRowDataset):
-            order = MixedOrder(dataset.sizes, list(self._mixture_weights().values()), self.seed, self.shuffle)
-        rank, num_ranks = self._ranks()
-        accumulate = int(self.trainer.accumulate_grad_batches) if self.trainer is not None else 1
-        plan = self.batch_settings.plan(
-            order,
-            dataset.table.row_lengths,
-            dataset.table.num_label_tokens / len(dataset),
-            group=accumulate * num_ranks,
-            drop_last=self.drop_last,
-        )
-        return RowLoader(
-            dataset,
-            plan,
-            rank=rank,
-            num_ranks=num_ranks,
-            trainer=self.trainer,
-            num_workers=self.num_workers,
-            pin_memory=self._pins_memory(),
-            identity=self._training_identity(),
-        )
-
-    def _make_eval_loader(self, split: Split) -> RowLoader:
-        dataset = self._dataset(split)
-        rank, num_ranks = self._ranks()
-        return RowLoader(
-            dataset,
-            RowPlan(TableOrder(len(dataset)), self.eval_micro_batch_size),
-            rank=rank,
-            num_ranks=num_ranks,
-            num_workers=self.num_workers,
-            pin_memory=self._pins_memory(),
-        )
-
-    def _check_trainer(self) -> None:
-        """Refuse two that both decide how much an optimizer step holds."""
-        if self.batch_settings.global_batch is None or self.trainer is None:
-            return
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            by_windows = hasattr(callback, "count_optimizer_steps") and getattr(callback, "sets_windows", True)
-            if isinstance(callback, GradientAccumulationScheduler) or by_windows:
-                raise ValueError(
-                    f"The data module's global batch and {type(callback).__name__} would both decide what an optimizer "
-                    f"step holds. Remove the callback and schedule the global batch, or remove global_batch_size and "
-                    f"global_batch_tokens."
-                )
+            return MixedOrder(dataset.sizes, list(self._mixture_weights().values()), self.seed, self.shuffle)
+        return super()._order(dataset)
 
     def _mixture_weights(self) -> dict[str, float]:
         sizes = {name: len(rows.table) for name, rows in self._rows["train"].items()}

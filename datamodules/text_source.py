@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_llm.datamodules.cache import build_once, fingerprint
 from lightning_llm.datamodules.order import selected
+from lightning_llm.datamodules.row_data_module import Split
 from lightning_llm.datamodules.rows import RowTable, Windowing, make_rows
 from lightning_llm.datamodules.sources import DocumentSource, open_source
 from lightning_llm.datamodules.store_builder import build_store
@@ -21,7 +22,6 @@ from lightning_llm.datamodules.token_store import FORMAT_VERSION, TokenStore
 from lightning_llm.datamodules.tokenizer import byte_tokenizer, encoder, load_tokenizer, token_bytes, train_bpe
 from lightning_llm.datamodules.windows import Int64Array
 
-Split = Literal["train", "validation", "test"]
 Data = str | Sequence[str]
 
 

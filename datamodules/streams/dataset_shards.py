@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lightning_llm.datamodules.cache import fingerprint
-from lightning_llm.datamodules.sources import _check_text, _no_column
+from lightning_llm.datamodules.sources import check_text, no_column
 from lightning_llm.datamodules.streams.shards import Piece, PieceReader, Position, Record, ShardedSource, is_in_share
 
 _SAMPLED_ROWS = 16  # the first, the last and some in between tell data sets of as many rows apart
@@ -29,7 +29,7 @@ class DatasetShards(ShardedSource):
 
     def __init__(self, dataset: Any, name: str, text_column: str, skip_corrupt: bool = False) -> None:
         if text_column not in dataset.column_names:
-            raise _no_column(name, text_column, dataset.column_names)
+            raise no_column(name, text_column, dataset.column_names)
         self.dataset = dataset.select_columns([text_column])
         self.name = name
         self.text_column = text_column
@@ -111,7 +111,7 @@ class IterableShards(ShardedSource):
         # Batches of one: plain iteration would split the shard among the loader's worker processes once more.
         for batch in shard.iter(batch_size=1):
             if self.text_column not in batch:
-                raise _no_column(self.name, self.text_column, sorted(batch))
+                raise no_column(self.name, self.text_column, sorted(batch))
             number += 1
             if is_in_share(number - 1, piece, self.sizes[piece.shard]):
                 name = f"{self.name}, example {number - 1} of shard {piece.shard}"
@@ -128,7 +128,7 @@ def _state_of(shard: Any, number: int) -> Callable[[], dict[str, Any]]:
 
 
 def _text_of(column: str, value: Any) -> Callable[[str], str]:
-    return lambda name: _check_text(column, value, name)
+    return lambda name: check_text(column, value, name)
 
 
 def _type_names(iterable: Any) -> list[str]:

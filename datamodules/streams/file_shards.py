@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from lightning_llm.datamodules.cache import fingerprint
-from lightning_llm.datamodules.sources import _check_text, _json_field, _no_column
+from lightning_llm.datamodules.sources import check_text, json_field, no_column
 from lightning_llm.datamodules.streams.shards import (
     MEND,
     Piece,
@@ -143,7 +143,7 @@ class FileShards(ShardedSource):
         with self._open(url, size) as file:
             table = pq.ParquetFile(file)
             if self.text_column not in table.schema_arrow.names:
-                raise _no_column(url, self.text_column, table.schema_arrow.names)
+                raise no_column(url, self.text_column, table.schema_arrow.names)
             total = table.metadata.num_rows
             end = total * piece.end // size
             at = total * piece.begin // size if position is None else position
@@ -160,10 +160,10 @@ class FileShards(ShardedSource):
                     row += len(batch)
 
     def _parse(self, line: bytes) -> Callable[[str], str]:
-        return lambda name: _json_field(self.text_column, line, name)
+        return lambda name: json_field(self.text_column, line, name)
 
     def _check(self, value: Any) -> Callable[[str], str]:
-        return lambda name: _check_text(self.text_column, value, name)
+        return lambda name: check_text(self.text_column, value, name)
 
 
 def _sample(urls: Sequence[str], sizes: Sequence[int]) -> str:

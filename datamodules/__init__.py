@@ -1,6 +1,7 @@
-"""Data modules for long texts: pure index mathematics, and one LightningDataModule per file."""
+"""Data modules for long texts and for examples of every task: pure index mathematics, one LightningDataModule a file."""
 
+from lightning_llm.datamodules.examples.text_classification import TextClassificationDataModule
 from lightning_llm.datamodules.streaming_text import StreamingTextDataModule
 from lightning_llm.datamodules.text import TextDataModule
 
-__all__ = ["StreamingTextDataModule", "TextDataModule"]
+__all__ = ["StreamingTextDataModule", "TextClassificationDataModule", "TextDataModule"]

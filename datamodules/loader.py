@@ -32,25 +32,23 @@ from lightning_llm.datamodules.windows import Int64Array
 
 
 class Table(Protocol):
-    """What a loader asks of rows before it makes one.
-
-    Attributes:
-        row_lengths: (num_rows,) int64, tokens in each row.
-        num_label_tokens: Targets in an epoch.
-    """
+    """What a loader asks of rows before it makes one."""
 
     @property
-    def row_lengths(self) -> Int64Array: ...  # noqa: D102
+    def row_lengths(self) -> Int64Array:
+        """(num_rows,) int64, tokens in each row."""
 
     @property
-    def num_label_tokens(self) -> int: ...  # noqa: D102
+    def num_label_tokens(self) -> int:
+        """Targets in an epoch."""
 
 
 class Rows(Protocol):
     """Rows by their numbers: ``rows[[3, 17]]`` is the batch of rows 3 and 17; -1 stands for an empty row."""
 
     @property
-    def table(self) -> Table: ...  # noqa: D102
+    def table(self) -> Table:
+        """Lengths and targets of the rows."""
 
     def __len__(self) -> int: ...
 

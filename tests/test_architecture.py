@@ -25,6 +25,7 @@ PURE = [
     *("datamodules/windows.py", "datamodules/packing.py", "datamodules/order.py", "datamodules/collate.py"),
     *(f"datamodules/{name}.py" for name in ("mixture", "document_windows", "rows", "shorter_rows")),
     *(f"datamodules/batches/{name}.py" for name in ("plan", "budget", "budget_plan", "global_batch_plan", "settings")),
+    *(f"datamodules/examples/{name}.py" for name in ("records", "class_names", "labels", "store", "dataset", "texts")),
     *(f"datamodules/questions/{name}.py" for name in ("question_windows", "question_answering", "answers")),
 ]
 MODULES = sorted(
@@ -37,6 +38,7 @@ MODULES = sorted(
         "lightning_llm.context_parallel",
         "lightning_llm.datamodules",
         "lightning_llm.datamodules.batches",
+        "lightning_llm.datamodules.examples",
         "lightning_llm.datamodules.questions",
         "lightning_llm.datamodules.streams",
         "lightning_llm.planning",

@@ -22,8 +22,8 @@ class SequenceClassification(HeadTask):
     """Classify each row, or give it a number.
 
     ``labels`` are (batch,) int64 for one class a row, -100 for none; (batch, num_labels) from 0 to 1 for several;
-    (batch,) or (batch, num_labels) numbers for regression. The loss is the cross-entropy, the binary cross-entropy, or
-    the squared error, and its weight the number of rows or, with several values a row, of values.
+    (batch,) or (batch, num_labels) numbers for regression, NaN for none. The loss is the cross-entropy, the binary
+    cross-entropy, or the squared error, and its weight the number of rows or, with several values a row, of values.
 
     Args:
         loss_kernel: As for every task; there is no large vocabulary here.
@@ -94,11 +94,13 @@ class SequenceClassification(HeadTask):
             return class_cross_entropy(logits, labels)
         logits = accumulation_dtype(logits)
         labels = labels.to(logits.dtype).reshape(logits.shape)
+        is_target = ~labels.isnan()
+        known = torch.where(is_target, labels, 0.0)
         if self.problem_type == "regression":
-            total = (logits - labels).square().sum()
+            losses = (logits - known).square()
         else:
-            total = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
-        return TokenLoss(total, labels.new_full((), labels.numel(), dtype=torch.int64))
+            losses = F.binary_cross_entropy_with_logits(logits, known, reduction="none")
+        return TokenLoss(torch.where(is_target, losses, 0.0).sum(), is_target.sum())
 
     def score(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """``logits``, ``probabilities`` (batch, num_labels) and ``predictions`` (batch,); ``values`` in regression."""
@@ -148,6 +150,9 @@ class SequenceClassification(HeadTask):
             logits = accumulation_dtype(logits)
             shape = logits.shape[:1] if self.num_labels == 1 else logits.shape
             shown = {"preds": logits.reshape(shape), "target": labels.to(logits.dtype).reshape(shape)}
+        if labels.is_floating_point():  # rows that lack a value count in the loss alone, by those that they have
+            is_whole = ~labels.isnan().flatten(1).any(1) if labels.ndim > 1 else ~labels.isnan()
+            shown = {name: values[is_whole] for name, values in shown.items()}
         metrics.update(means={"loss": self.loss_of(output, batch)}, **shown)
 
     def _check_kind(self, labels: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Data modules for long texts and for examples of every task: pure index mathematics, one LightningDataModule a file."""
+"""Data modules for long texts and for examples of every task: pure index mathematics, and one class per file."""
 
 from lightning_llm.datamodules.examples.text_classification import TextClassificationDataModule
 from lightning_llm.datamodules.streaming_text import StreamingTextDataModule

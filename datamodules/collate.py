@@ -27,12 +27,14 @@ class Segment(NamedTuple):
         num_context: Leading tokens that are no targets. The first token never is one: nothing stands before it.
         num_bytes: Bytes of text behind the targets, where somebody counts them.
         num_words: Words behind the targets, where somebody counts them.
+        labels: (n,) integers, what each token is as a target, -100 where it is none; None: itself.
     """
 
     tokens: IntArray
     num_context: int = 0
     num_bytes: float = 0.0
     num_words: int = 0
+    labels: IntArray | None = None
 
 
 def collate_rows(
@@ -63,9 +65,9 @@ def collate_rows(
         counts: What of ``num_bytes`` and ``num_words`` the segments know.
 
     Returns:
-        int64 tensors: ``input_ids``; ``labels``, unshifted, with -100 on context, on padding and on each segment's
-        first token; what else is said above; and (rows,), or (num_segments,) if ``padding_free``:
-        ``num_input_tokens`` without padding, the ``counts`` as whole numbers, and what is ``per_row``.
+        int64 tensors: ``input_ids``; ``labels``, unshifted, with -100 on context, on padding, on each segment's first
+        token, and where its own labels say so; what else is said above; and (rows,), or (num_segments,) if
+        ``padding_free``: ``num_input_tokens`` without padding, the ``counts`` as whole numbers, what is ``per_row``.
 
     Raises:
         ValueError: If there is no row, a segment is empty, or rows do not fit the layout.
@@ -94,6 +96,8 @@ def collate_rows(
     places = np.arange(max(lengths))
     begin = 0
     for segment, length in zip(segments, lengths, strict=True):  # slices cost less than building indices for all
+        if segment.labels is not None:
+            labels[begin : begin + length] = segment.labels
         labels[begin : begin + min(max(segment.num_context, 1), length)] = IGNORE_INDEX
         positions[begin : begin + length] = places[:length]
         begin += length

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -16,14 +16,27 @@ from lightning_llm.datamodules.cache import fingerprint
 from lightning_llm.datamodules.examples.dataset import Collate, ExampleDataset, ExampleTable, PaddedColumns
 from lightning_llm.datamodules.examples.records import Record, Records, check_columns, open_records
 from lightning_llm.datamodules.examples.store import FORMAT_VERSION, Example, ExampleStore
+from lightning_llm.datamodules.loader import Rows
 from lightning_llm.datamodules.order import selected
 from lightning_llm.datamodules.row_data_module import STAGE_SPLITS, RowDataModule, Split
 from lightning_llm.datamodules.text_settings import check_numbers, check_shares
 from lightning_llm.datamodules.tokenizer import byte_tokenizer, encoder, load_tokenizer
 from lightning_llm.datamodules.windows import Int64Array
+from lightning_llm.loss import IGNORE_INDEX
 from lightning_llm.schedule import Schedule
 
 _RECORDS_AT_ONCE = 1000
+
+
+class ExampleRows(Rows, Protocol):
+    """Rows made of the examples of a store."""
+
+    @property
+    def store(self) -> ExampleStore:
+        """The encoded examples."""
+
+    def examples_of(self, row_id: int) -> list[int]:
+        """The examples that a row is made of, by their numbers in the store."""
 
 
 class ExampleDataModule(RowDataModule):
@@ -117,7 +130,7 @@ class ExampleDataModule(RowDataModule):
         self._dataset_config = dataset_config
         self._records: dict[Split, Records] = {}
         self._stores: dict[Split, ExampleStore] = {}
-        self._datasets: dict[Split, ExampleDataset] = {}
+        self._datasets: dict[Split, ExampleRows] = {}
 
     # ---- what a subclass says ------------------------------------------------------------------------------------
 
@@ -134,9 +147,9 @@ class ExampleDataModule(RowDataModule):
         ``_num_cut``, where given, is the number of tokens beyond ``max_length`` that an example leaves out.
         """
 
-    @abstractmethod
     def _empty(self) -> Example:
-        """An example without a target, for a rank that has no row left."""
+        """An example without a target, for a rank that has no row left: here, a token that is none."""
+        return {"input_ids": np.array([self._pad_token_id()]), "labels": np.array([IGNORE_INDEX])}
 
     def _encoding(self) -> Mapping[str, Any]:
         """Whatever else decides what :meth:`_encode` makes, by name; simple values."""
@@ -147,6 +160,10 @@ class ExampleDataModule(RowDataModule):
 
     def _check_rows(self, split: Split, store: ExampleStore, rows: Int64Array) -> None:
         """Look at the rows of a split when they are laid out."""
+
+    def _lay_out(self, split: Split, store: ExampleStore, rows: Int64Array) -> ExampleRows:
+        """The rows of a split, one for each of its examples; for a subclass that lays them out otherwise."""
+        return ExampleDataset(store, rows, self._collate(), self._empty(), self._table(store, rows))
 
     def _collate(self) -> Collate:
         """How a batch is made of examples."""
@@ -188,10 +205,10 @@ class ExampleDataModule(RowDataModule):
         return self._records[split]
 
     def row_name(self, row_id: int, split: Split = "train") -> str:
-        """What the record of a row is called, as a batch's ``row_ids`` name it: file and row."""
+        """What the records of a row are called, as a batch's ``row_ids`` name it: file and row."""
         dataset = self._dataset(split)
-        record = int(dataset.store.values["_record"][dataset.rows[row_id]])
-        return self.records(split).row_name(record)
+        numbers = dict.fromkeys(int(dataset.store.values["_record"][n]) for n in dataset.examples_of(row_id))
+        return "; ".join(self.records(split).row_name(number) for number in numbers)
 
     def summary(self) -> str:
         """One line on each split: rows, tokens, targets."""
@@ -248,7 +265,7 @@ class ExampleDataModule(RowDataModule):
 
     _instead_of_cutting = "Raise `max_length`, where the model allows it."
 
-    def _dataset(self, split: Split) -> ExampleDataset:
+    def _dataset(self, split: Split) -> ExampleRows:
         if split not in self._datasets:
             store = self._store(split)
             rows = np.arange(len(store))
@@ -262,9 +279,7 @@ class ExampleDataModule(RowDataModule):
                     f"validation_data=..., or validation_fraction=0 to train without validation."
                 )
             self._check_rows(split, store, rows)
-            self._datasets[split] = ExampleDataset(
-                store, rows, self._collate(), self._empty(), self._table(store, rows)
-            )
+            self._datasets[split] = self._lay_out(split, store, rows)
         return self._datasets[split]
 
     def _encoding_identity(self) -> str:

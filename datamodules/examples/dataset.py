@@ -75,6 +75,10 @@ class ExampleDataset(torch.utils.data.Dataset[dict[str, Any]]):
         ]
         return {**self.collate(visible), "row_ids": torch.tensor(row_ids, dtype=torch.int64)}
 
+    def examples_of(self, row_id: int) -> list[int]:
+        """The one that a row is."""
+        return [int(self.rows[row_id])]
+
 
 @dataclass(frozen=True)
 class PaddedColumns:

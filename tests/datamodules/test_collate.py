@@ -16,15 +16,15 @@ ROWS_OF_ONE = st.lists(st.lists(SEGMENT, max_size=1), min_size=1, max_size=4)
 
 
 def segments_of(shape):
-    """Segments of distinct tokens, in the store's small type."""
+    """Segments of distinct tokens, in the store's small type; with an odd number of words, every third is no target."""
     fresh = iter(range(100, 60_000))
-    return [
-        [
-            Segment(np.array([next(fresh) for _ in range(length)], np.uint16), min(context, length), 1.5 * words, words)
-            for length, context, words in row
-        ]
-        for row in shape
-    ]
+
+    def segment(length, context, words):
+        tokens = np.array([next(fresh) for _ in range(length)], np.uint16)
+        labels = np.where(tokens % 3 == 0, -100, tokens.astype(np.int32)) if words % 2 else None
+        return Segment(tokens, min(context, length), 1.5 * words, words, labels)
+
+    return [[segment(*each) for each in row] for row in shape]
 
 
 def naive(rows, layout, width=None):
@@ -39,7 +39,8 @@ def naive(rows, layout, width=None):
         for segment in row:
             for place, token in enumerate(segment.tokens.tolist()):
                 ids.append(token)
-                labels.append(token if place >= segment.num_context and place > 0 else -100)
+                is_target = segment.labels is None or token % 3 != 0
+                labels.append(token if is_target and place >= segment.num_context and place > 0 else -100)
                 positions.append(place)
                 mask.append(1)
         for place in range(width - len(ids)):

@@ -71,6 +71,16 @@ def test_every_target_is_scored_once_with_the_context_of_its_window(shape, lengt
     assert max(map(len, found), default=0) <= length
 
 
+@settings(deadline=None, max_examples=100)
+@given(ROWS, st.integers(2, 20), st.sampled_from(LAYOUTS))
+def test_what_is_no_target_is_none_in_shorter_rows(shape, length, layout):
+    whole, _ = batch_of(shape, layout)
+    cut = cut_rows(whole, length, layout=layout, pad_token_id=PAD)
+    expected = Counter({context: n for context, n in scored(cut).items() if context[-1] % 3})
+    masked = {**whole, "labels": whole["labels"].where(whole["labels"] % 3 != 0, -100)}
+    assert scored(cut_rows(masked, length, layout=layout, pad_token_id=PAD)) == expected
+
+
 @settings(deadline=None, max_examples=150)
 @given(ROWS, st.integers(2, 20), st.sampled_from(LAYOUTS))
 def test_a_cut_batch_is_one_that_collating_could_have_made(shape, length, layout):

@@ -1,7 +1,17 @@
 """Data modules for long texts and for examples of every task: pure index mathematics, and one class per file."""
 
+from lightning_llm.datamodules.examples.chat import ChatDataModule
+from lightning_llm.datamodules.examples.pairs import PairDataModule
+from lightning_llm.datamodules.examples.preference import PreferenceDataModule
 from lightning_llm.datamodules.examples.text_classification import TextClassificationDataModule
 from lightning_llm.datamodules.streaming_text import StreamingTextDataModule
 from lightning_llm.datamodules.text import TextDataModule
 
-__all__ = ["StreamingTextDataModule", "TextClassificationDataModule", "TextDataModule"]
+__all__ = [
+    "ChatDataModule",
+    "PairDataModule",
+    "PreferenceDataModule",
+    "StreamingTextDataModule",
+    "TextClassificationDataModule",
+    "TextDataModule",
+]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ TRAINER_COMMANDS = {
     "test": "evaluate on the test documents",
     "predict": "score every row of the test documents into predictions.jsonl",
 }
+# transformers imports torchao where it is installed, which then warns of each kernel that is for other machines.
+_TALKATIVE = ("torchao", "torch.utils._pytree")
 _USAGE = "lightning-llm {fit,validate,test,predict,plan,generate} ..."
 
 
@@ -30,6 +33,8 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if args is None else args)
     command = arguments[0] if arguments else "--help"
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     if command in TRAINER_COMMANDS:
         _run_trainer(None if args is None else arguments)
     elif command == "plan":

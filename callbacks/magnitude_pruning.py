@@ -41,8 +41,8 @@ def cubic_sparsity(done: float, final: float) -> float:
         final: s_f, the share at its end.
 
     Example:
-        >>> [cubic_sparsity(done, final=0.8) for done in (0.0, 0.5, 1.0)]
-        [0.0, 0.7, 0.8]
+        >>> [cubic_sparsity(done, final=0.5) for done in (0.0, 0.5, 1.0)]
+        [0.0, 0.4375, 0.5]
 
     References:
         Zhu and Gupta, To prune, or not to prune (2017), equation 1, arXiv 1710.01878.

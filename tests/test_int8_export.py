@@ -149,6 +149,17 @@ def test_skipped_modules_stay(llama, tmp_path):
         assert hasattr(layer.weight, "qdata")
 
 
+def test_weights_that_were_pruned_are_still_zero(llama, tmp_path):
+    model, _ = llama
+    weight = model.model.layers[0].mlp.down_proj.weight
+    zero = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    weight.data[zero] = 0.0
+    for activations in ("float", "int8"):
+        written = export_int8(model, tmp_path / activations, activations=activations)
+        loaded = AutoModelForCausalLM.from_pretrained(written)
+        assert not loaded.model.layers[0].mlp.down_proj.weight.dequantize()[zero].any()
+
+
 # ---- what cannot be done -----------------------------------------------------------------------------------------
 
 

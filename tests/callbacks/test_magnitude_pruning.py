@@ -287,6 +287,22 @@ def test_two_ranks_have_the_bare_loops_weights_and_the_same_masks(run_ranks, str
     assert first["resumed on one rank"] is True
 
 
+def test_a_search_before_the_first_step_changes_no_mask(tiny_gpt2, quiet_trainer):
+    """It lets the optimizer step, and takes that back."""
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 0:
+                assert pruning.achieved == 0.0
+                assert searching.limits.buckets  # it did search
+
+    truth, _ = bare_loop(tiny_gpt2)
+    for options in (PRUNING, {"sparsity": 0.5, "end": "0 steps", "every_n_steps": 1}):
+        pruning, searching = MagnitudePruning(**options), DynamicBatchScaler(find="start")
+        module, _, _ = prune(tiny_gpt2, quiet_trainer, "whole", pruning=pruning, callbacks=[searching, Watch()])
+        assert (difference(module, truth) < TOLERANCE) == (options is PRUNING)
+
+
 # ---- averages, exports, plain modules ----------------------------------------------------------------------------
 
 

@@ -78,8 +78,9 @@ class MagnitudePruning(L.Callback):
 
     Raises:
         ValueError: For shares outside 0 to 1, falling ones, times that the run never knows of, patterns that no layer
-            has, DeepSpeed, FSDP1, layers that are split over ranks (tensor parallel), and ``structure`` with sharded
-            parameters or where it does not divide a layer's inputs.
+            has, ``GradientNoiseScale`` after this in the list, DeepSpeed, FSDP1, parameters that are sharded over more
+            than one dimension of ranks, and ``structure`` with sharded ones or where it does not divide a layer's
+            inputs.
 
     References:
         Zhu and Gupta, To prune, or not to prune (2017); Han et al., Learning both weights and connections (2015);

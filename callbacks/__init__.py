@@ -6,6 +6,7 @@ from lightning_llm.callbacks.dynamic_batch_scaler import DynamicBatchScaler
 from lightning_llm.callbacks.gradient_noise_scale import GradientNoiseScale
 from lightning_llm.callbacks.huggingface_checkpoint import HuggingFaceCheckpoint
 from lightning_llm.callbacks.learning_rate_scaling import LearningRateScaling
+from lightning_llm.callbacks.magnitude_pruning import MagnitudePruning
 from lightning_llm.callbacks.pieces.rows import CannotSplit
 from lightning_llm.callbacks.sequence_length_schedule import SequenceLengthSchedule
 from lightning_llm.callbacks.token_throughput import TokenThroughput
@@ -20,6 +21,7 @@ __all__ = [
     "GradientNoiseScale",
     "HuggingFaceCheckpoint",
     "LearningRateScaling",
+    "MagnitudePruning",
     "SequenceLengthSchedule",
     "TokenThroughput",
     "TokenWeightedAccumulation",

@@ -102,6 +102,18 @@ def build_model(
     return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **options)  # type: ignore[no-any-return]
 
 
+def check_model_folder(source: str | Path) -> None:
+    """Refuse what is no local folder with a model's configuration and safetensors weights.
+
+    Raises:
+        FileNotFoundError: Saying what is missing.
+    """
+    if not Path(source).expanduser().exists():
+        raise FileNotFoundError(f"There is no model folder at {Path(source).expanduser()}. Check the path.")
+    _check_folder(source)
+    _check_weights(source)
+
+
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
     """Read a parameter type by name; None is torch's default type, which Lightning's ``precision`` sets.
 

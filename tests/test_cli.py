@@ -53,7 +53,7 @@ def test_help_lists_the_commands_without_heavy_imports():
     begin = time.perf_counter()
     text = run_command("--help")
     assert time.perf_counter() - begin < 5
-    for command in ("fit", "validate", "test", "predict", "generate"):
+    for command in ("fit", "validate", "test", "predict", "generate", "quantize"):
         assert f"\n  {command} " in text
     code = "import sys, lightning_llm.cli as c; c.main(['--help']); print([m for m in ('torch',) if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.endswith(

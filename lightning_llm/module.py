@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
@@ -200,6 +201,32 @@ class LLMModule(L.LightningModule):
         """
         return self.task.shrink_window(length)
 
+    # ---- batches that are not to be cut, whose chunks DynamicBatchScaler may make smaller --------------------------
+
+    @property
+    def needs_whole_batches(self) -> bool:
+        """Whether a row's loss depends on the batch's other rows; what is predicted never does."""
+        is_predicting = self._trainer is not None and self._trainer.predicting
+        return self.task.needs_whole_batches and not is_predicting
+
+    @property
+    def chunk_size(self) -> int | None:
+        """Rows of a whole batch that the model sees at once; None for all."""
+        return self.task.chunk_size
+
+    @chunk_size.setter
+    def chunk_size(self, rows: int) -> None:
+        """Take other chunks."""
+        self.task.chunk_size = rows
+
+    def shrink_chunk_size(self, rows: int) -> int | None:
+        """Halve the chunks, of a batch of ``rows`` that does not fit; loss and gradient stay the same.
+
+        Returns:
+            Rows in a chunk from now on; None, and nothing was changed, if they cannot be fewer than they are.
+        """
+        return self.task.shrink_chunk_size(rows)
+
     # ---- the model -----------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
@@ -358,6 +385,12 @@ class LLMModule(L.LightningModule):
         """Before packed rows come, find out whether the model lets their documents see each other."""
         if self.offload:
             warn_if_on_host(self.device)
+        if self.needs_whole_batches and self.trainer.accumulate_grad_batches > 1:
+            rank_zero_warn(
+                "Rows are contrasted with those of their own micro-batch only: accumulating several is not the same as "
+                "one large batch. For more negatives let the loader give the whole batch (accumulate_grad_batches=1) "
+                "and set task_options={'chunk_size': ...}, or let DynamicBatchScaler find it."
+            )
         self._check_datamodule()
 
     def on_validation_start(self) -> None:
@@ -487,6 +520,10 @@ class LLMModule(L.LightningModule):
         self.tokens_seen = checkpoint.get("tokens_seen", 0)
         self._tokens_before = checkpoint.get("tokens_before_run", 0)
         self.task.load_state_dict(checkpoint.get("task", {}))
+
+    def write_beside(self, folder: Path) -> None:
+        """Write what others than transformers want to know of a model that was exported to a folder."""
+        self.task.write_beside(folder, self.config)
 
     # ---- details -------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from lightning_llm.tasks.audio_classification import AudioClassification
 from lightning_llm.tasks.base import Task
 from lightning_llm.tasks.causal_lm import CausalLM
 from lightning_llm.tasks.dpo import DPO
+from lightning_llm.tasks.embedding import Embedding
 from lightning_llm.tasks.image_classification import ImageClassification
 from lightning_llm.tasks.masked_lm import MaskedLM
 from lightning_llm.tasks.question_answering import QuestionAnswering
@@ -23,6 +24,7 @@ TASKS: dict[str, type[Task]] = {
         ImageClassification,
         AudioClassification,
         DPO,
+        Embedding,
     )
 }
 
@@ -31,6 +33,7 @@ __all__ = [
     "TASKS",
     "AudioClassification",
     "CausalLM",
+    "Embedding",
     "ImageClassification",
     "MaskedLM",
     "QuestionAnswering",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -30,7 +31,9 @@ class Task(ABC):
         reads_tokens: Whether rows are tokens, so that vocabulary and length of model and data must fit.
         packs: Whether a row may hold several documents, which :meth:`outputs` keeps apart.
         generates: Whether the model continues or answers with tokens of its own.
+        needs_whole_batches: Whether a row's loss depends on the batch's other rows, so that no batch may be cut.
         window: Tokens in a window; None where rows are not cut.
+        chunk_size: Rows that the model sees at once, of a batch that is not cut; None for all.
         offload: Whether windows keep keys, values and their gradients in host memory.
 
     Args:
@@ -43,7 +46,9 @@ class Task(ABC):
     reads_tokens: ClassVar[bool] = True
     packs: ClassVar[bool] = False
     generates: ClassVar[bool] = False
+    needs_whole_batches: bool = False
     window: int | None = None
+    chunk_size: int | None = None
     offload: bool = False
 
     def __init__(self, loss_kernel: LossKernel = "chunked") -> None:
@@ -151,6 +156,18 @@ class Task(ABC):
             return None
         self.window = max(window // 2, SHORTEST_WINDOW)
         return self.window
+
+    def shrink_chunk_size(self, rows: int) -> int | None:
+        """See fewer of a batch's rows at once than ``rows``, if the task can; None, and nothing changed, if not."""
+        return None
+
+    def write_beside(self, folder: Path, config: PretrainedConfig) -> None:  # noqa: B027 - most write nothing
+        """Write what others than transformers want to know of an exported model.
+
+        Args:
+            folder: That ``save_pretrained`` has written.
+            config: Of the model.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of the task, the same on every rank."""

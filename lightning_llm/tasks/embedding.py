@@ -219,7 +219,8 @@ class Embedding(Task):
     def _pairs(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Embeddings of anchor, positive and negatives, in this order."""
         texts = texts_of(batch)
-        ordered = {name: texts[name] for name in sorted(texts, key=lambda name: (name[:3] != "anc", name[:3] != "pos"))}
+        order = sorted(texts, key=lambda name: (name != "anchor", name != "positive"))  # stable
+        ordered = {name: texts[name] for name in order}
         _check_pairs(self.loss_name, list(ordered), batch)
         return self._embeddings(model, ordered)
 

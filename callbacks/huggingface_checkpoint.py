@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +32,8 @@ class HuggingFaceCheckpoint(L.Callback):
 
     ``<dirpath>/last`` and ``<dirpath>/best`` are links to ``<dirpath>/step-<optimizer step>``. A folder is written
     beside its place, renamed when it is whole, and only then linked, so a reader or a crash never meets half of one;
-    folders that neither link names are removed. Sharded (FSDP2) parameters are gathered on rank 0.
+    folders that neither link names are removed. Sharded (FSDP2) parameters are gathered on rank 0. A module's method
+    ``write_beside(folder)`` may add files of its own.
 
     Args:
         dirpath: Where; ``huggingface`` in the logger's folder if None.
@@ -155,7 +157,8 @@ class HuggingFaceCheckpoint(L.Callback):
             datamodule = getattr(trainer, "datamodule", None)
             found = (getattr(datamodule, name, None) for name in _PROCESSORS)
             tokenizer = self.tokenizer or next((processor for processor in found if processor is not None), None)
-            write_folder(model, weights, tokenizer, self.dirpath, trainer.global_step, links)
+            beside = getattr(pl_module, "write_beside", None)
+            write_folder(model, weights, tokenizer, self.dirpath, trainer.global_step, links, beside)
         self._saved_step = trainer.global_step
         trainer.strategy.barrier("HuggingFaceCheckpoint")
 
@@ -176,6 +179,7 @@ def write_folder(
     dirpath: Path,
     step: int,
     links: list[str],
+    write_beside: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write ``dirpath/step-<step>``, let the links point to it, remove folders that no link names.
 
@@ -186,6 +190,7 @@ def write_folder(
         dirpath: Parent folder.
         step: Optimizer step, for the name.
         links: Names that shall point to the new folder.
+        write_beside: Writes further files into the folder.
     """
     dirpath.mkdir(parents=True, exist_ok=True)
     name = f"step-{step:08d}"
@@ -199,6 +204,8 @@ def write_folder(
     model.save_pretrained(str(unfinished), **({} if weights is None else {"state_dict": weights}))
     if tokenizer is not None:
         tokenizer.save_pretrained(str(unfinished))
+    if write_beside is not None:
+        write_beside(unfinished)
     unfinished.rename(folder)
     for link in links:
         _point(dirpath / link, folder.name)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
@@ -27,7 +30,7 @@ from lightning_llm.planning.of_module import plan_of_trainer, plan_source
 from lightning_llm.planning.plan import Plan
 from lightning_llm.pretrained import build_model, is_complete, resolve_config, resolve_dtype
 from lightning_llm.run_length import tokens_of, total_optimizer_steps
-from lightning_llm.sharding import build_sharded, mesh_to_shard
+from lightning_llm.sharding import build_sharded, copy_sharded, mesh_to_shard
 from lightning_llm.step_window import MicroBatch, StepWindow
 from lightning_llm.tasks.choice import choose_task
 from lightning_llm.tasks.context_parallel_causal_lm import ContextParallelCausalLM
@@ -50,7 +53,8 @@ class LLMModule(L.LightningModule):
         model: A hub id or local folder (pretrained weights), a mapping with ``model_type`` and the fields of a
             transformers configuration (random weights), a ``PretrainedConfig`` (random weights), or a built model.
         task: What is trained: ``causal-lm``, ``masked-lm``, ``seq2seq``, ``sequence-classification``,
-            ``token-classification``, ``question-answering``, ``image-classification``, ``audio-classification``.
+            ``token-classification``, ``question-answering``, ``image-classification``, ``audio-classification``,
+            ``dpo``, ``embedding``.
         labels: A classifier's classes, names or how many; if None the data module's ``label_names``, else the model's.
         task_options: What the task takes beside, such as ``{"problem_type": "multi_label_classification"}``; see
             :mod:`lightning_llm.tasks`.
@@ -180,12 +184,12 @@ class LLMModule(L.LightningModule):
     @property
     def sequence_window(self) -> int | None:
         """Tokens in a window, whatever a callback has made of it; None if rows are not cut."""
-        return self.task.window if isinstance(self.task, WindowedCausalLM) else None
+        return self.task.window
 
     @sequence_window.setter
     def sequence_window(self, tokens: int) -> None:
         """Take other windows, in a module that has some."""
-        if not isinstance(self.task, WindowedCausalLM):
+        if self.task.window is None:
             raise ValueError("This module does not train in windows: make it with LLMModule(sequence_window=...).")
         self.task.window = tokens
 
@@ -195,7 +199,33 @@ class LLMModule(L.LightningModule):
         Returns:
             Tokens in a window from now on; None, and nothing was changed, if they cannot be fewer than they are.
         """
-        return self.task.shrink(length) if isinstance(self.task, WindowedCausalLM) else None
+        return self.task.shrink_window(length)
+
+    # ---- batches that are not to be cut, whose chunks DynamicBatchScaler may make smaller --------------------------
+
+    @property
+    def needs_whole_batches(self) -> bool:
+        """Whether a row's loss depends on the batch's other rows; what is predicted never does."""
+        is_predicting = self._trainer is not None and self._trainer.predicting
+        return self.task.needs_whole_batches and not is_predicting
+
+    @property
+    def chunk_size(self) -> int | None:
+        """Rows of a whole batch that the model sees at once; None for all."""
+        return self.task.chunk_size
+
+    @chunk_size.setter
+    def chunk_size(self, rows: int) -> None:
+        """Take other chunks."""
+        self.task.chunk_size = rows
+
+    def shrink_chunk_size(self, rows: int) -> int | None:
+        """Halve the chunks, of a batch of ``rows`` that does not fit; loss and gradient stay the same.
+
+        Returns:
+            Rows in a chunk from now on; None, and nothing was changed, if they cannot be fewer than they are.
+        """
+        return self.task.shrink_chunk_size(rows)
 
     # ---- the model -----------------------------------------------------------------------------------------------
 
@@ -292,13 +322,17 @@ class LLMModule(L.LightningModule):
 
         if self.device_mesh is not None:
             mesh = mesh_to_shard(self.device_mesh, self.source, isinstance(self.task, ContextParallelCausalLM))
-            self.model = build_sharded(build, mesh, self._root_device(), self._prepare_layers)
+            model = build_sharded(build, mesh, self._root_device(), self._prepare_layers)
+            copy = partial(copy_sharded, model, build, mesh, self._root_device())
+            self.model = model
         else:
             with torch.device("cpu"):  # the same random weights for a seed on every accelerator
                 self.model = build(True)
             self._prepare_layers(self.model)
+            copy = partial(deepcopy, self.model)
         if not any(module.training for module in self.model.modules()):
             self.model.train()  # from_pretrained leaves a model in evaluation mode, and Lightning would keep it there
+        self.task.built(self.model, copy)
         self._prepared = True
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -335,7 +369,7 @@ class LLMModule(L.LightningModule):
         """
         if not self.task.generates:
             raise ValueError(
-                f"The model of {self.task.name!r} does not write: `generate` is for causal-lm and seq2seq."
+                f"The model of {self.task.name!r} does not write: `generate` is for causal-lm, dpo and seq2seq."
             )
         self.configure_model()
         model: Any = self._built()
@@ -351,6 +385,12 @@ class LLMModule(L.LightningModule):
         """Before packed rows come, find out whether the model lets their documents see each other."""
         if self.offload:
             warn_if_on_host(self.device)
+        if self.needs_whole_batches and self.trainer.accumulate_grad_batches > 1:
+            rank_zero_warn(
+                "Rows are contrasted with those of their own micro-batch only: accumulating several is not the same as "
+                "one large batch. For more negatives let the loader give the whole batch (accumulate_grad_batches=1) "
+                "and set task_options={'chunk_size': ...}, or let DynamicBatchScaler find it."
+            )
         self._check_datamodule()
 
     def on_validation_start(self) -> None:
@@ -370,9 +410,9 @@ class LLMModule(L.LightningModule):
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Mean loss over the batch's targets (nats; of numbers, squared), and how many there are."""
         with self._offloaded():
-            loss = self.task.loss(self._built(), self._checked(batch))
+            loss, details = self.task.loss_and_details(self._built(), self._checked(batch))
         detached = TokenLoss(loss.total.detach(), loss.num_tokens)
-        self._micro_batch = MicroBatch(batch_idx, batch.get("row_ids"), detached)
+        self._micro_batch = MicroBatch(batch_idx, batch.get("row_ids"), detached, details)
         return {"loss": loss.mean, "num_tokens": loss.num_tokens}
 
     def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
@@ -393,15 +433,19 @@ class LLMModule(L.LightningModule):
         if not self._window:
             return
         sums = self.trainer.strategy.reduce(self._window.sums(), reduce_op="sum")
-        total, num_tokens, num_bad = sums.tolist()
+        total, num_tokens, num_bad, *details = sums.tolist()
         if num_bad:
             where = f"optimizer step {self.global_step}, epoch {self.current_epoch}"
             raise NonFiniteLossError(self._window.describe_bad(where, self.global_rank, self._built()))
+        names = self._window.names()
         self._window.clear()
         share = data_parallel_size(self.trainer) / self.trainer.world_size  # ranks that share a row count it once each
         self.tokens_seen += round(num_tokens * share)
         if num_tokens:
             self.log("train/loss", total / num_tokens, prog_bar=True, batch_size=1)
+        for name, value, count in zip(names, details[::2], details[1::2], strict=True):
+            if count:
+                self.log(f"train/{name}", value / count, batch_size=1)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer, and the schedule stepped once per optimizer step."""
@@ -468,11 +512,18 @@ class LLMModule(L.LightningModule):
         checkpoint["tokens_seen"] = self.tokens_seen
         checkpoint["tokens_before_run"] = self._tokens_before
         checkpoint["hyper_parameters"]["model"] = self._model_hyper_parameter()
+        if state := self.task.state_dict():
+            checkpoint["task"] = state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the tokens seen."""
+        """Restore the tokens seen, and what the task remembers."""
         self.tokens_seen = checkpoint.get("tokens_seen", 0)
         self._tokens_before = checkpoint.get("tokens_before_run", 0)
+        self.task.load_state_dict(checkpoint.get("task", {}))
+
+    def write_beside(self, folder: Path) -> None:
+        """Write what others than transformers want to know of a model that was exported to a folder."""
+        self.task.write_beside(folder, self.config)
 
     # ---- details -------------------------------------------------------------------------------------------------
 
@@ -507,7 +558,7 @@ class LLMModule(L.LightningModule):
         return self._packing.isolated(batch, self._built(), self.task.outputs, self.device)
 
     def _offloaded(self) -> AbstractContextManager[object]:
-        in_windows = isinstance(self.task, WindowedCausalLM)  # which offload by themselves
+        in_windows = self.task.window is not None  # which offload by themselves
         return ActivationOffload(self._built()) if self.offload and not in_windows else nullcontext()
 
     def _check_datamodule(self) -> None:

@@ -12,6 +12,8 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
+from lightning_llm.quantization import QuantizationFields, quantization_config
+
 ModelSource = str | Path | dict[str, Any] | PretrainedConfig | nn.Module
 
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -68,6 +70,7 @@ def build_model(
     trust_remote_code: bool = False,
     load_weights: bool = True,
     fresh_head: bool = False,
+    quantization: QuantizationFields | None = None,
 ) -> nn.Module:
     """Build the model on the current default device: pretrained weights from a folder or the hub, else random ones.
 
@@ -83,9 +86,11 @@ def build_model(
         load_weights: If False, only the architecture (for sharded set-up on the meta device).
         fresh_head: Whether a head of another size than the configuration asks for is replaced by a random one; one that
             is missing always is. transformers names what it made anew.
+        quantization: How pretrained weights are quantised; see :func:`~lightning_llm.quantization.quantization_config`.
 
     Raises:
         FileNotFoundError: If the folder holds no safetensors weights.
+        ImportError: If the package that quantises is not there.
     """
     if isinstance(source, nn.Module):
         return source
@@ -95,6 +100,8 @@ def build_model(
         options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "config": config}
         if fresh_head:
             options["ignore_mismatched_sizes"] = True
+        if quantization is not None:
+            options["quantization_config"] = quantization_config(quantization)
         if attn_implementation is not None:
             options["attn_implementation"] = attn_implementation
         return auto.from_pretrained(_location(source), trust_remote_code=trust_remote_code, **options)  # type: ignore[no-any-return]

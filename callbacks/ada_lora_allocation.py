@@ -101,7 +101,8 @@ class AdaLoraAllocation(L.Callback):
                 f"AdaLoraAllocation needs automatic optimization, but {type(pl_module).__name__} optimizes manually: "
                 f"call peft's `update_and_allocate` there, after `optimizer.step()`."
             )
-        self._is_final = False
+        if trainer.global_step == 0:  # another run than the last; a checkpoint is loaded later
+            self._is_final = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the adapter, tell it how long the run is, and listen to the optimizer that steps it."""

@@ -63,6 +63,7 @@ def adapter_fields(adapter: Any) -> AdapterFields | None:
             field.name: getattr(adapter, field.name)
             for field in dataclasses.fields(adapter)
             if field.name == "peft_type" or getattr(adapter, field.name) != _default(field)
+            if field.name not in ("peft_version", "auto_mapping")
         }
     elif isinstance(adapter, Mapping):
         given = dict(adapter)
@@ -204,7 +205,10 @@ def add_adapter(model: nn.Module, fields: AdapterFields, auto_class: str) -> nn.
         config.modules_to_save = sorted({*(config.modules_to_save or ()), *head_names(model)})
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     adapted: nn.Module = _import_peft().get_peft_model(model, config)
-    for parameter in adapted.parameters():  # prompts are made in float32, whatever the model is in
+    for name, parameter in adapted.named_parameters():
+        if ".ranknum." in name:  # AdaLoRA's initial rank, a number that peft unfreezes where it casts it
+            parameter.requires_grad_(False)
+        # Prompts are made in float32, whatever the model is in.
         if parameter.requires_grad and parameter.dtype.itemsize < dtype.itemsize:
             parameter.data = parameter.data.to(dtype)
     return adapted

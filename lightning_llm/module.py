@@ -28,7 +28,7 @@ from lightning_llm.partial_checkpoint import check_source, complete, keep_traine
 from lightning_llm.planning.of_module import plan_of_trainer, plan_source
 from lightning_llm.planning.plan import Plan
 from lightning_llm.pretrained import build_model, is_complete, resolve_config, resolve_dtype
-from lightning_llm.quantization import check_quantization
+from lightning_llm.quantization import check_quantization, check_training
 from lightning_llm.run_length import tokens_of, total_optimizer_steps
 from lightning_llm.sharding import build_sharded, mesh_to_shard
 from lightning_llm.step_window import MicroBatch, StepWindow
@@ -234,8 +234,7 @@ class LLMModule(L.LightningModule):
             optimizer_class(self.optimizer)
             if self.peft is not None:
                 warn_of_fixed_ranks(self.peft, self.trainer)
-            elif self.quantization is not None:
-                raise ValueError("Quantised weights do not train: add an adapter, such as peft={'peft_type': 'LORA'}.")
+            check_training(self.quantization, self.peft is not None)
         if isinstance(self.task, ContextParallelCausalLM):
             self.task.group = sharing_group(self.device_mesh)
         datamodule = getattr(self.trainer, "datamodule", None)

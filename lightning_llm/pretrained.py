@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
-from lightning_llm.quantization import QuantizationFields, quantization_config
+from lightning_llm.quantization import QuantizationFields, check_quantized, quantization_config
 
 ModelSource = str | Path | dict[str, Any] | PretrainedConfig | nn.Module
 
@@ -91,6 +91,7 @@ def build_model(
     Raises:
         FileNotFoundError: If the folder holds no safetensors weights.
         ImportError: If the package that quantises is not there.
+        ValueError: If nothing can be quantised.
     """
     if isinstance(source, nn.Module):
         return source
@@ -101,10 +102,15 @@ def build_model(
         if fresh_head:
             options["ignore_mismatched_sizes"] = True
         if quantization is not None:
+            if dtype == torch.float64:
+                raise ValueError("Weights are quantised from float32, bfloat16 or float16: pass another `dtype`.")
             options["quantization_config"] = quantization_config(quantization)
         if attn_implementation is not None:
             options["attn_implementation"] = attn_implementation
-        return auto.from_pretrained(_location(source), trust_remote_code=trust_remote_code, **options)  # type: ignore[no-any-return]
+        model: nn.Module = auto.from_pretrained(_location(source), trust_remote_code=trust_remote_code, **options)
+        if quantization is not None:
+            check_quantized(model, quantization)
+        return model
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **options)  # type: ignore[no-any-return]
 

@@ -73,6 +73,40 @@ def check_quantization(fields: QuantizationFields | None, source: Any, checkpoin
         )
 
 
+def check_training(fields: QuantizationFields | None, has_adapter: bool) -> None:
+    """Refuse, before a run begins, quantised weights through or on which nothing learns.
+
+    Args:
+        fields: As in :func:`quantization_config`, or None.
+        has_adapter: Whether something trains beside the quantised weights.
+
+    Raises:
+        ValueError: With what to do instead.
+    """
+    if fields is None:
+        return
+    if not has_adapter:
+        raise ValueError("Quantised weights do not train: add an adapter, such as peft={'peft_type': 'LORA'}.")
+    if "Activation" in str(fields.get("quant_type")):
+        raise ValueError(
+            f"No gradient flows through activations that are quantised too ({fields['quant_type']}). Use a type of "
+            f"weights alone, such as 'Int8WeightOnlyConfig'."
+        )
+
+
+def check_quantized(model: nn.Module, fields: QuantizationFields) -> None:
+    """Refuse a model of which not one weight was quantised: torchao leaves those that do not fit as they are.
+
+    Raises:
+        ValueError: If all parameters are ordinary ones.
+    """
+    if all(type(parameter) is nn.Parameter for parameter in model.parameters()):
+        raise ValueError(
+            f"Not one weight of {type(model).__name__} was quantised by {fields}. Does its `group_size` divide the "
+            f"width of the layers (of Int4WeightOnlyConfig 128 where nothing is said)?"
+        )
+
+
 def _torchao_type(given: Any) -> Any:
     from torchao import quantization
     from torchao.core.config import AOBaseConfig

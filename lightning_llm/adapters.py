@@ -12,6 +12,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lightning_llm.pretrained import is_fresh
 from lightning_llm.tasks.base import Task
 from lightning_llm.tasks.context_parallel_causal_lm import ContextParallelCausalLM
 
@@ -215,12 +216,20 @@ def add_adapter(model: nn.Module, fields: AdapterFields, auto_class: str) -> nn.
 
 
 def head_names(model: nn.Module) -> list[str]:
-    """The modules of a classifier that are not in its backbone, such as ``classifier``; none if it does not tell."""
+    """The modules of a classifier that have to train: those outside its backbone, and what has no pretrained weights.
+
+    Args:
+        model: Of transformers.
+
+    Returns:
+        Their names, such as ``classifier`` or ``bert.pooler.dense``.
+    """
     backbone = getattr(model, "base_model_prefix", "")
     children = dict(model.named_children())
-    if backbone not in children:
-        return []
-    return [name for name, child in children.items() if name != backbone and any(True for _ in child.parameters())]
+    outside = [name for name in children if name != backbone and any(True for _ in children[name].parameters())]
+    outside = outside if backbone in children else []
+    fresh = [name.rpartition(".")[0] for name, parameter in model.named_parameters() if is_fresh(parameter)]
+    return [*outside, *dict.fromkeys(name for name in fresh if name.partition(".")[0] not in outside)]
 
 
 def warn_of_fixed_ranks(fields: AdapterFields, trainer: L.Trainer) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from lightning_llm.pretrained import is_fresh
 from lightning_llm.tasks.base import Task
 
 _SAMPLE = "frozen_sample"  # in the checkpoint: a few values of each frozen parameter
@@ -34,13 +35,15 @@ def check_source(checkpoint: str, source: Any) -> None:
 
 
 def keep_trained(checkpoint: dict[str, Any], module: L.LightningModule) -> None:
-    """Leave out of ``checkpoint["state_dict"]`` each parameter that is frozen; note a sample of it. Buffers stay.
+    """Leave out of ``checkpoint["state_dict"]`` each parameter that is frozen; note a sample of it.
+
+    Buffers stay, and frozen weights that were not in the model's folder but made anew.
 
     Args:
         checkpoint: That Lightning is about to write; changed in place.
         module: Its LightningModule.
     """
-    frozen = _frozen(module)
+    frozen = {name: parameter for name, parameter in _frozen(module).items() if not is_fresh(parameter)}
     state = checkpoint["state_dict"]
     checkpoint["state_dict"] = {key: value for key, value in state.items() if not _belongs_to(key, frozen)}
     samples = {name: _sample(parameter) for name, parameter in frozen.items()}

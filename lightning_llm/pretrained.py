@@ -107,12 +107,19 @@ def build_model(
             options["quantization_config"] = quantization_config(quantization)
         if attn_implementation is not None:
             options["attn_implementation"] = attn_implementation
-        model: nn.Module = auto.from_pretrained(_location(source), trust_remote_code=trust_remote_code, **options)
+        options |= {"trust_remote_code": trust_remote_code, "output_loading_info": True}
+        model, info = auto.from_pretrained(_location(source), **options)
+        _mark_fresh(model, {*info["missing_keys"], *(mismatch[0] for mismatch in info["mismatched_keys"])})
         if quantization is not None:
             check_quantized(model, quantization)
-        return model
+        return model  # type: ignore[no-any-return]
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **options)  # type: ignore[no-any-return]
+
+
+def is_fresh(parameter: nn.Parameter) -> bool:
+    """Whether a parameter of a model with pretrained weights was not among them, and is random."""
+    return getattr(parameter, "_is_fresh", False)
 
 
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
@@ -147,6 +154,12 @@ def max_positions(config: PretrainedConfig) -> int | None:
     if isinstance(factor, (int, float)):  # a stretched rotary embedding: YaRN, linear, llama3, ...
         positions = max(positions, int(factor * (rope.get("original_max_position_embeddings") or positions)))
     return int(positions)
+
+
+def _mark_fresh(model: nn.Module, names: set[str]) -> None:
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in names:
+            parameter._is_fresh = True  # type: ignore[attr-defined]
 
 
 def _location(source: str | Path) -> str:

@@ -24,7 +24,7 @@ from lightning_llm.optimizers import ADAMW_BETAS, ADAMW_EPS, make_optimizer, opt
 from lightning_llm.packed_attention import use_packed_attention
 from lightning_llm.packing_guard import PackingGuard
 from lightning_llm.parallel import data_parallel_size
-from lightning_llm.partial_checkpoint import check_source, complete, keep_trained, note_classes
+from lightning_llm.partial_checkpoint import check_source, check_strategy, complete, keep_trained, note_classes
 from lightning_llm.planning.of_module import plan_of_trainer, plan_source
 from lightning_llm.planning.plan import Plan
 from lightning_llm.pretrained import build_model, is_complete, resolve_config, resolve_dtype
@@ -325,7 +325,9 @@ class LLMModule(L.LightningModule):
 
         if self.device_mesh is not None:
             check_sharding(self.peft, self.quantization)
-            self.strict_loading = self.checkpoint == "whole"  # what is not in a checkpoint stays as it was built
+            if self.checkpoint == "trainable":
+                check_strategy(self.trainer.strategy)
+                self.strict_loading = False  # what is not in a checkpoint stays as it was built
             mesh = mesh_to_shard(self.device_mesh, self.source, isinstance(self.task, ContextParallelCausalLM))
             self.model = build_sharded(build, mesh, self._root_device(), self._prepare_layers)
         else:

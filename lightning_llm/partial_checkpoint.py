@@ -34,6 +34,22 @@ def check_source(checkpoint: str, source: Any) -> None:
         )
 
 
+def check_strategy(strategy: Any) -> None:
+    """Refuse a sharded strategy whose checkpoints are folders of shards: torch loads those as a whole, or not at all.
+
+    Args:
+        strategy: A ``ModelParallelStrategy``.
+
+    Raises:
+        ValueError: If it does not gather them in a file.
+    """
+    if getattr(strategy, "_save_distributed_checkpoint", False):
+        raise ValueError(
+            "checkpoint='trainable' needs checkpoints in one file: ModelParallelStrategy(save_distributed_checkpoint="
+            "False). What trains is small."
+        )
+
+
 def keep_trained(checkpoint: dict[str, Any], module: L.LightningModule) -> None:
     """Leave out of ``checkpoint["state_dict"]`` each parameter that is frozen; note a sample of it.
 

@@ -103,7 +103,7 @@ def test_the_prompt_predicts_the_first_token():
     assert adapted("prefix tuning").training_step(batch, 0)["num_tokens"] == 2
 
 
-@pytest.mark.parametrize("method", ["LoRA", "DoRA", "IA3"])
+@pytest.mark.parametrize("method", ["LoRA", "DoRA", "AdaLoRA", "IA3"])
 def test_windows_have_the_gradient_of_whole_rows(method):
     batch = pad_rows(ragged_rows(3))
     plain, windows = adapted(method, dict(TINY_GPT2)), adapted(method, dict(TINY_GPT2), sequence_window=8)
@@ -263,7 +263,7 @@ def test_positions_of_a_single_document_change_nothing(method):
     assert losses[0] == pytest.approx(losses[1], rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("method", ["LoRA", "IA3"])
+@pytest.mark.parametrize("method", ["LoRA", "DoRA", "AdaLoRA", "IA3"])
 def test_packed_rows_are_documents_apart_in_other_adapters(method):
     module = adapted(method)
     packed, apart = (module.training_step(batch, 0) for batch in (PACKED, APART))

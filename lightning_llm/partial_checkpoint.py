@@ -62,7 +62,7 @@ def keep_trained(checkpoint: dict[str, Any], module: L.LightningModule) -> None:
     frozen = {name: parameter for name, parameter in _frozen(module).items() if not is_fresh(parameter)}
     state = checkpoint["state_dict"]
     checkpoint["state_dict"] = {key: value for key, value in state.items() if not _belongs_to(key, frozen)}
-    samples = {name: _sample(parameter) for name, parameter in frozen.items()}
+    samples = {name: _sample(state[name]) for name in frozen if name in state}  # whole there, if sharded elsewhere
     checkpoint[_SAMPLE] = {name: sample for name, sample in samples.items() if sample is not None}
 
 
@@ -86,6 +86,8 @@ def complete(checkpoint: dict[str, Any], module: L.LightningModule) -> None:
                 f"The checkpoint holds what was trained on top of frozen weights, but not on these: {name} has other "
                 f"values. Pass the model that it was trained with: load_from_checkpoint(path, model=...)."
             )
+    if "state_dict" not in checkpoint:  # ModelParallelStrategy has loaded it into its shards already
+        return
     own_state = module.state_dict()
     missing = {key: value for key, value in own_state.items() if _belongs_to(key, frozen)}
     checkpoint["state_dict"] = {**missing, **checkpoint["state_dict"]}
@@ -122,9 +124,8 @@ def _belongs_to(key: str, frozen: dict[str, nn.Parameter]) -> bool:
 
 def _sample(parameter: Tensor) -> Tensor | None:
     """Its first values, (up to 4,), on the host; None of quantised or sharded ones."""
-    if type(parameter) not in (nn.Parameter, Tensor) or type(parameter.data) is not Tensor:
-        return None
-    if parameter.is_meta or not parameter.is_floating_point():
+    is_plain = type(parameter) in (nn.Parameter, Tensor) and type(parameter.data) is Tensor
+    if not is_plain or parameter.is_meta or not parameter.is_floating_point():
         return None
     first_row = parameter.detach()[(0,) * (parameter.ndim - 1)] if parameter.numel() else parameter.detach()
     return first_row.reshape(-1)[:4].cpu().clone()

@@ -1,6 +1,7 @@
 """Callbacks for any LightningModule; importing them imports neither transformers nor datasets."""
 
 from lightning_llm.callbacks.accumulation_schedule import AccumulationSchedule
+from lightning_llm.callbacks.ada_lora_allocation import AdaLoraAllocation
 from lightning_llm.callbacks.adaptive_accumulation import AdaptiveAccumulation
 from lightning_llm.callbacks.dynamic_batch_scaler import DynamicBatchScaler
 from lightning_llm.callbacks.gradient_noise_scale import GradientNoiseScale
@@ -15,6 +16,7 @@ from lightning_llm.callbacks.training_report import TrainingReport
 
 __all__ = [
     "AccumulationSchedule",
+    "AdaLoraAllocation",
     "AdaptiveAccumulation",
     "CannotSplit",
     "DynamicBatchScaler",

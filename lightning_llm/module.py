@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from lightning_llm.activation_offload import ActivationOffload, warn_if_on_host
+from lightning_llm.adapters import adapter_fields, add_adapter, check_adapter, check_sharding, warn_of_fixed_ranks
 from lightning_llm.compatibility import check_length, check_vocabulary, take_special_tokens
 from lightning_llm.context_parallel.mesh import sharing_group
 from lightning_llm.duration import Duration
@@ -26,15 +27,18 @@ from lightning_llm.optimizers import ADAMW_BETAS, ADAMW_EPS, make_optimizer, opt
 from lightning_llm.packed_attention import use_packed_attention
 from lightning_llm.packing_guard import PackingGuard
 from lightning_llm.parallel import data_parallel_size
+from lightning_llm.partial_checkpoint import check_source, check_strategy, complete, keep_trained, note_classes
 from lightning_llm.planning.of_module import plan_of_trainer, plan_source
 from lightning_llm.planning.plan import Plan
 from lightning_llm.pretrained import build_model, is_complete, resolve_config, resolve_dtype
+from lightning_llm.quantization import check_quantization, check_training
 from lightning_llm.run_length import tokens_of, total_optimizer_steps
 from lightning_llm.sharding import build_sharded, copy_sharded, mesh_to_shard
 from lightning_llm.step_window import MicroBatch, StepWindow
 from lightning_llm.tasks.choice import choose_task
 from lightning_llm.tasks.context_parallel_causal_lm import ContextParallelCausalLM
 from lightning_llm.tasks.windowed_causal_lm import WindowedCausalLM
+from lightning_llm.virtual_tokens import check_room
 
 
 class LLMModule(L.LightningModule):
@@ -92,6 +96,14 @@ class LLMModule(L.LightningModule):
         loss_kernel: ``chunked`` computes the loss from hidden states, without logits in memory, where the model's head
             allows it; ``plain`` from logits; on a GPU also ``liger`` (package liger-kernel) and ``cce``
             (cut-cross-entropy). Windows are always chunked.
+        peft: An adapter to train in place of the model (package peft): a mapping such as ``{"peft_type": "LORA", "r":
+            8}`` with the fields of peft's configuration, or a ``PeftConfig``. Its task follows from ``task``, and a
+            classifier's head trains too. See :mod:`lightning_llm.adapters`.
+        quantization: How pretrained weights are quantised as they are loaded, for adapters on top: transformers'
+            ``quantization_config`` as a mapping, such as ``{"quant_method": "torchao", "quant_type":
+            "Int8WeightOnlyConfig"}`` or ``{"quant_method": "bitsandbytes", "load_in_4bit": True}``.
+        checkpoint: What of the model a Lightning checkpoint holds: ``whole``, or ``trainable``, without the frozen
+            weights, which are then read from the hub or the folder again. If None, ``trainable`` for quantised models.
 
     Raises:
         ValueError: For an unknown task, schedule, duration or configuration field.
@@ -131,8 +143,12 @@ class LLMModule(L.LightningModule):
         loss_kernel: Literal["chunked", "plain", "liger", "cce"] = "chunked",
         labels: list[str] | int | None = None,
         task_options: dict[str, Any] | None = None,
+        peft: dict[str, Any] | Any | None = None,
+        quantization: dict[str, Any] | None = None,
+        checkpoint: Literal["whole", "trainable"] | None = None,
     ) -> None:
         super().__init__()
+        peft = adapter_fields(peft)
         if model is None:
             raise ValueError(
                 "`model` is missing. A checkpoint of a model that was passed in built (a PeftModel, say) does not "
@@ -149,6 +165,15 @@ class LLMModule(L.LightningModule):
             offload=offload,
             context_parallel=context_parallel,
         )
+        if peft is not None:
+            check_adapter(
+                *(peft, model, self.task),
+                gradient_checkpointing=gradient_checkpointing,
+                sequence_window=sequence_window,
+            )
+        check_quantization(quantization, model, checkpoint)
+        checkpoint = checkpoint or ("whole" if quantization is None else "trainable")
+        check_source(checkpoint, model)
         self.save_hyperparameters(ignore=["model"])
         self.source = model
         self.config = resolve_config(model, trust_remote_code=trust_remote_code)
@@ -167,6 +192,9 @@ class LLMModule(L.LightningModule):
         self.optimizer_options = optimizer_options
         self.gradient_checkpointing = gradient_checkpointing
         self.offload = offload
+        self.peft = peft
+        self.quantization = quantization
+        self.checkpoint = checkpoint
         self._plans = sequence_window == "auto"
         self.attn_implementation = attn_implementation
         self.dtype_name = dtype
@@ -234,6 +262,9 @@ class LLMModule(L.LightningModule):
         if stage == "fit":
             self._tokens_before = self.tokens_seen
             optimizer_class(self.optimizer)
+            if self.peft is not None:
+                warn_of_fixed_ranks(self.peft, self.trainer)
+            check_training(self.quantization, self.peft is not None)
         if isinstance(self.task, ContextParallelCausalLM):
             self.task.group = sharing_group(self.device_mesh)
         datamodule = getattr(self.trainer, "datamodule", None)
@@ -309,7 +340,7 @@ class LLMModule(L.LightningModule):
         dtype = resolve_dtype(self.dtype_name)
 
         def build(load_weights: bool) -> nn.Module:
-            return build_model(
+            model = build_model(
                 self.source,
                 self.config,
                 self.task.auto_class,
@@ -318,9 +349,15 @@ class LLMModule(L.LightningModule):
                 trust_remote_code=self.trust_remote_code,
                 load_weights=load_weights,
                 fresh_head=self.task.has_labels,
+                quantization=self.quantization,
             )
+            return model if self.peft is None else add_adapter(model, self.peft, self.task.auto_class)
 
         if self.device_mesh is not None:
+            check_sharding(self.peft, self.quantization)
+            if self.checkpoint == "trainable":
+                check_strategy(self.trainer.strategy)
+                self.strict_loading = False  # what is not in a checkpoint stays as it was built
             mesh = mesh_to_shard(self.device_mesh, self.source, isinstance(self.task, ContextParallelCausalLM))
             model = build_sharded(build, mesh, self._root_device(), self._prepare_layers)
             copy = partial(copy_sharded, model, build, mesh, self._root_device())
@@ -376,7 +413,7 @@ class LLMModule(L.LightningModule):
         was_training = model.training
         model.eval()
         try:
-            tokens: Tensor = model.generate(input_ids, **options)
+            tokens: Tensor = model.generate(input_ids=input_ids, **options)
         finally:
             model.train(was_training)
         return tokens
@@ -514,9 +551,13 @@ class LLMModule(L.LightningModule):
         checkpoint["hyper_parameters"]["model"] = self._model_hyper_parameter()
         if state := self.task.state_dict():
             checkpoint["task"] = state
+        if self.checkpoint == "trainable":
+            keep_trained(checkpoint, self)
+            note_classes(checkpoint["hyper_parameters"], self.task, self.config)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the tokens seen, and what the task remembers."""
+        """Restore the tokens seen and what the task remembers; add frozen weights that the checkpoint leaves out."""
+        complete(checkpoint, self)
         self.tokens_seen = checkpoint.get("tokens_seen", 0)
         self._tokens_before = checkpoint.get("tokens_before_run", 0)
         self.task.load_state_dict(checkpoint.get("task", {}))
@@ -553,6 +594,7 @@ class LLMModule(L.LightningModule):
     def _checked(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """The batch as the model may see it."""
         self.task.check(batch, self.config)
+        check_room(self._built(), batch, self.config)
         if not self.task.packs:
             return batch
         return self._packing.isolated(batch, self._built(), self.task.outputs, self.device)
@@ -608,8 +650,10 @@ class LLMModule(L.LightningModule):
             batch_size=1,
         )
 
-    def _model_hyper_parameter(self) -> dict[str, Any] | None:
+    def _model_hyper_parameter(self) -> dict[str, Any] | str | None:
         config = self.config
+        if self.checkpoint == "trainable":  # frozen weights are read again
+            return None if isinstance(self.source, nn.Module) else str(self.source)
         is_plain = not isinstance(self.source, nn.Module) or type(self.source).__module__.startswith("transformers.")
         if is_plain and config.model_type in CONFIG_MAPPING:
             return config.to_dict()

@@ -168,6 +168,22 @@ def test_every_config_in_the_repository_parses(path, capsys):
     assert "learning_rate" in capsys.readouterr().out
 
 
+def test_lora_runs_from_its_config_and_writes_plain_weights(tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from lightning_llm import LLMModule
+
+    folder = f"--trainer.default_root_dir={tmp_path}"
+    main(["fit", "--config", str(ROOT / "configs" / "lora.yaml"), folder, "--trainer.max_steps", "2"])
+    (exported,) = tmp_path.rglob("huggingface/last")
+    (path,) = tmp_path.rglob("last.ckpt")
+    loaded = LLMModule.load_from_checkpoint(path, weights_only=True).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    merged = AutoModelForCausalLM.from_pretrained(exported)
+    assert torch.allclose(merged(ids).logits, loaded.model(ids).logits, atol=1e-5)
+
+
 def test_another_data_module_is_named_by_its_class_path(tmp_path):
     (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": f"document {n} " * 9}) + "\n" for n in range(60)))
     (tmp_path / "stream.yaml").write_text(

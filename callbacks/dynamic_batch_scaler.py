@@ -20,6 +20,7 @@ from lightning_llm.callbacks.pieces.running import Transfer
 from lightning_llm.callbacks.pieces.search import NO_ROOM_FOR_OPTIMIZER, WeightsCopy, find_limit
 from lightning_llm.callbacks.pieces.sequence_window import WindowLimit
 from lightning_llm.callbacks.pieces.training import TrainingPieces
+from lightning_llm.callbacks.pieces.whole_batches import ChunkLimit, needs_whole_batches
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,9 @@ class DynamicBatchScaler(L.Callback):
     A single row that does not fit is tried again in shorter windows along the sequence, if the module has the attribute
     ``sequence_window`` and the method ``shrink_sequence_window(length) -> int | None``, as
     :class:`~lightning_llm.LLMModule` has with ``sequence_window=...``; the gradient does not depend on them.
+
+    A module with the attribute ``needs_whole_batches`` compares the rows of a batch (contrastive losses): its batches
+    are not cut. It is told to see fewer of their rows at once, by ``shrink_chunk_size(rows) -> int | None``.
 
     Args:
         max_piece: Most that is tried at once, in tokens (rows times columns, padding included) or what ``cost_fn``
@@ -106,6 +110,7 @@ class DynamicBatchScaler(L.Callback):
         self.limits = PieceLimits(max_piece, grow_every)
         self.inference_limits = PieceLimits(max_piece, grow_every)
         self.window = WindowLimit()
+        self.chunk = ChunkLimit()
         self._cutter = BatchCutter(split_fn, cost_fn, trim_padding, sort_by_length)
         self._inference_cutter = BatchCutter(split_fn, cost_fn, trim_padding=False)
         self._training: TrainingPieces | None = None
@@ -135,24 +140,24 @@ class DynamicBatchScaler(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse what shows only now; search."""
         _check_model(trainer, pl_module)
-        self.window.apply(pl_module)
+        self._begin(pl_module)
         training = self._training_pieces(trainer)
         sharded = not training.reduction.recovers
         wanted = self.find == "start" or (sharded and self.limits.ceiling is None)
-        if wanted and not self.limits.buckets:
+        if wanted and not self.limits.buckets and not needs_whole_batches(pl_module):
             find_limit(training, self.margin, self.search_batches)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin with the window that fitted before."""
-        self.window.apply(pl_module)
+        """Begin with the window and the chunks that fitted before."""
+        self._begin(pl_module)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """As for validation."""
-        self.window.apply(pl_module)
+        self._begin(pl_module)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """As for validation."""
-        self.window.apply(pl_module)
+        self._begin(pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -167,6 +172,8 @@ class DynamicBatchScaler(L.Callback):
         tokens = self.window.of(pl_module)
         if tokens is not None:
             pl_module.log("train/sequence_window", float(tokens), batch_size=1)
+        if self.chunk.rows is not None:
+            pl_module.log("train/chunk_size", float(self.chunk.rows), batch_size=1)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the Trainer back what was replaced."""
@@ -182,6 +189,7 @@ class DynamicBatchScaler(L.Callback):
             "training": self.limits.state_dict(),
             "inference": self.inference_limits.state_dict(),
             "sequence_window": self.window.tokens,
+            "chunk_size": self.chunk.rows,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -189,8 +197,13 @@ class DynamicBatchScaler(L.Callback):
         self.limits.load_state_dict(state_dict["training"])
         self.inference_limits.load_state_dict(state_dict["inference"])
         self.window.tokens = state_dict.get("sequence_window")
+        self.chunk.rows = state_dict.get("chunk_size")
 
     # ---- details -------------------------------------------------------------------------------------------------
+
+    def _begin(self, pl_module: L.LightningModule) -> None:
+        self.window.apply(pl_module)
+        self.chunk.apply(pl_module)
 
     def _replace(self, owner: Any, name: str, value: Any) -> None:
         before = owner.__dict__.get(name)
@@ -217,7 +230,8 @@ class DynamicBatchScaler(L.Callback):
             assert self._transfer is not None
             if training is not None:
                 training.guard.remove()
-            parts = (trainer, self._cutter, self.limits, reduction_of(trainer), self._transfer, self.window)
+            shared = (self._transfer, self.window, self.chunk)
+            parts = (trainer, self._cutter, self.limits, reduction_of(trainer), *shared)
             self._training = training = TrainingPieces(*parts, overlap=self.overlap)
         return training
 
@@ -226,7 +240,8 @@ class DynamicBatchScaler(L.Callback):
             assert self._transfer is not None
             reduction = reduction_of(trainer)
             limits = self.inference_limits if reduction.recovers else self.limits  # what trains can be evaluated
-            parts = (trainer, self._inference_cutter, limits, reduction, self._transfer, self.window, "inference")
+            shared = (self._transfer, self.window, self.chunk, "inference")
+            parts = (trainer, self._inference_cutter, limits, reduction, *shared)
             self._inference = InferencePieces(*parts, merge_fn=self.merge_fn)
         return self._inference
 
@@ -292,6 +307,12 @@ def _check(scaler: DynamicBatchScaler, trainer: L.Trainer, pl_module: L.Lightnin
             f"calls backward itself, where pieces cannot be put in between. Set `automatic_optimization = True`."
         )
     reduction_of(trainer)
+    if stage != "predict" and scaler.limits.ceiling is not None and needs_whole_batches(pl_module):
+        raise ValueError(
+            f"DynamicBatchScaler(max_piece={scaler.limits.ceiling}) cuts batches, but the loss of "
+            f"{type(pl_module).__name__} compares the rows of a batch with each other: cut, it would be another one. "
+            f"Leave `max_piece` out; the module sees fewer rows at once where memory is short (`chunk_size`)."
+        )
     if any(other is not scaler and isinstance(other, DynamicBatchScaler) for other in trainer.callbacks):  # type: ignore[attr-defined]
         raise ValueError("Two DynamicBatchScaler would both cut the batches. Keep one.")
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
+
+from lightning_llm.callbacks.merged_adapters import has_adapter, merged_copy, reason_against_merging
 
 # What a data module may have; a processor holds the others.
 _PROCESSORS = ("processor", "tokenizer", "image_processor", "feature_extractor")
@@ -31,7 +34,8 @@ class HuggingFaceCheckpoint(L.Callback):
 
     ``<dirpath>/last`` and ``<dirpath>/best`` are links to ``<dirpath>/step-<optimizer step>``. A folder is written
     beside its place, renamed when it is whole, and only then linked, so a reader or a crash never meets half of one;
-    folders that neither link names are removed. Sharded (FSDP2) parameters are gathered on rank 0.
+    folders that neither link names are removed. Sharded (FSDP2) parameters are gathered on rank 0. A module's method
+    ``write_beside(folder)`` may add files of its own.
 
     Args:
         dirpath: Where; ``huggingface`` in the logger's folder if None.
@@ -40,6 +44,10 @@ class HuggingFaceCheckpoint(L.Callback):
         every_n_steps: Write ``last`` each n optimizer steps too, not only after each validation and at the end.
         tokenizer: Written into each folder, so that ``pipeline`` finds it; of images or sounds their processor. The
             data module's ``processor``, ``tokenizer``, ``image_processor`` or ``feature_extractor`` if None.
+        adapter: What is written of a model with an adapter (package peft): ``alone``, the adapter and the name of its
+            base, for ``AutoPeftModel``; or ``merged``, a copy of the base with the adapter in its weights, which needs
+            no peft to load. The copy is made in host memory; what trains is not touched. Prompts, quantised and sharded
+            weights cannot be merged: their adapter is written alone, with a warning.
 
     Raises:
         ValueError: If the metric is not logged, or the strategy keeps parameters where they cannot be gathered.
@@ -53,7 +61,10 @@ class HuggingFaceCheckpoint(L.Callback):
         mode: Literal["min", "max"] = "min",
         every_n_steps: int | None = None,
         tokenizer: Any = None,
+        adapter: Literal["alone", "merged"] = "alone",
     ) -> None:
+        if adapter not in ("alone", "merged"):
+            raise ValueError(f"`adapter` must be 'alone' or 'merged', but got {adapter!r}.")
         if mode not in ("min", "max"):
             raise ValueError(f"`mode` must be 'min' or 'max', but got {mode!r}.")
         self.dirpath = Path(dirpath).expanduser() if dirpath else None
@@ -61,13 +72,15 @@ class HuggingFaceCheckpoint(L.Callback):
         self.mode = mode
         self.every_n_steps = every_n_steps
         self.tokenizer = tokenizer
+        self.adapter = adapter
         self.best_score: float | None = None
         self._saved_step = -1
 
     @property
     def state_key(self) -> str:
         """Several of these may watch several metrics."""
-        return self._generate_state_key(monitor=self.monitor, mode=self.mode)
+        adapter = {} if self.adapter == "alone" else {"adapter": self.adapter}
+        return self._generate_state_key(monitor=self.monitor, mode=self.mode, **adapter)
 
     def written_paths(self) -> dict[str, str]:
         """What has been written: ``last`` and ``best`` folders."""
@@ -94,6 +107,20 @@ class HuggingFaceCheckpoint(L.Callback):
         if any(other.dirpath == self.dirpath for other in others):
             raise ValueError(
                 f"Two HuggingFaceCheckpoint callbacks write to {self.dirpath}. Give each a `dirpath` of its own."
+            )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say what of an adapter's model the folders will not hold."""
+        model: Any = getattr(pl_module, "model", None)
+        if not has_adapter(model):
+            return
+        reason = reason_against_merging(model)
+        if self.adapter == "merged" and reason is not None:
+            rank_zero_warn(f"HuggingFaceCheckpoint(adapter='merged') writes the adapter alone: {reason}.")
+        elif self.adapter == "alone" and not getattr(model.get_base_model(), "name_or_path", ""):
+            rank_zero_warn(
+                "HuggingFaceCheckpoint writes the adapter, but its base comes from no folder, and is not written: "
+                "nothing could load the two together. Use adapter='merged'."
             )
 
     def on_train_batch_end(
@@ -155,7 +182,10 @@ class HuggingFaceCheckpoint(L.Callback):
             datamodule = getattr(trainer, "datamodule", None)
             found = (getattr(datamodule, name, None) for name in _PROCESSORS)
             tokenizer = self.tokenizer or next((processor for processor in found if processor is not None), None)
-            write_folder(model, weights, tokenizer, self.dirpath, trainer.global_step, links)
+            if self.adapter == "merged" and has_adapter(model) and reason_against_merging(model) is None:
+                model = merged_copy(model)
+            beside = getattr(pl_module, "write_beside", None)
+            write_folder(model, weights, tokenizer, self.dirpath, trainer.global_step, links, beside)
         self._saved_step = trainer.global_step
         trainer.strategy.barrier("HuggingFaceCheckpoint")
 
@@ -164,7 +194,9 @@ def _gathered_weights(model: Any) -> dict[str, torch.Tensor] | None:
     """The whole state dict on rank 0 if parameters are sharded (all ranks take part); None if they are whole."""
     if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return None
-    weights: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    # Of a model with an adapter only that is written.
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=has_adapter(model))
+    weights: Any = get_model_state_dict(model, options=options)
     return dict(weights)
 
 
@@ -176,6 +208,7 @@ def write_folder(
     dirpath: Path,
     step: int,
     links: list[str],
+    write_beside: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write ``dirpath/step-<step>``, let the links point to it, remove folders that no link names.
 
@@ -186,6 +219,7 @@ def write_folder(
         dirpath: Parent folder.
         step: Optimizer step, for the name.
         links: Names that shall point to the new folder.
+        write_beside: Writes further files into the folder.
     """
     dirpath.mkdir(parents=True, exist_ok=True)
     name = f"step-{step:08d}"
@@ -199,6 +233,8 @@ def write_folder(
     model.save_pretrained(str(unfinished), **({} if weights is None else {"state_dict": weights}))
     if tokenizer is not None:
         tokenizer.save_pretrained(str(unfinished))
+    if write_beside is not None:
+        write_beside(unfinished)
     unfinished.rename(folder)
     for link in links:
         _point(dirpath / link, folder.name)

@@ -243,7 +243,7 @@ class RowLoader:
         if not isinstance(self.plan, GlobalBatchPlan):
             raise TypeError(
                 "The loader can only change its global batch if it was given one: "
-                "TextDataModule(global_batch_size=...) or global_batch_tokens=..."
+                "the data module's global_batch_size=... or global_batch_tokens=..."
             )
         self._wanted = self.plan.rows_for(size)
 

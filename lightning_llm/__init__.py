@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from lightning_llm.activation_offload import ActivationOffload
     from lightning_llm.context_parallel.loss import context_parallel_loss, context_parallel_nll
     from lightning_llm.duration import Duration
+    from lightning_llm.int8_export import export_int8
     from lightning_llm.isolation import verify_packing
     from lightning_llm.module import LLMModule
     from lightning_llm.ramps import ramp
@@ -29,6 +30,7 @@ __all__ = [
     "__version__",
     "context_parallel_loss",
     "context_parallel_nll",
+    "export_int8",
     "ramp",
     "total_optimizer_steps",
     "verify_packing",
@@ -45,6 +47,7 @@ _HOME = {
     "Seesaw": "lightning_llm.seesaw",
     "context_parallel_loss": "lightning_llm.context_parallel.loss",
     "context_parallel_nll": "lightning_llm.context_parallel.loss",
+    "export_int8": "lightning_llm.int8_export",
     "ramp": "lightning_llm.ramps",
     "total_optimizer_steps": "lightning_llm.run_length",
     "verify_packing": "lightning_llm.isolation",

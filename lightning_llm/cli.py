@@ -1,4 +1,4 @@
-"""The command line: ``lightning-llm fit|validate|test|predict --config FILE``, ``plan`` and ``generate``.
+"""The command line: ``lightning-llm fit|validate|test|predict --config FILE``, ``plan``, ``generate``, ``quantize``.
 
 Heavy imports wait until a command needs them, so that ``--help`` answers at once.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,9 @@ TRAINER_COMMANDS = {
     "test": "evaluate on the test documents",
     "predict": "score every row of the test documents into predictions.jsonl",
 }
-_USAGE = "lightning-llm {fit,validate,test,predict,plan,generate} ..."
+# transformers imports torchao where it is installed, which then warns of each kernel that is for other machines.
+_TALKATIVE = ("torchao", "torch.utils._pytree")
+_USAGE = "lightning-llm {fit,validate,test,predict,plan,generate,quantize} ..."
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -30,6 +33,8 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if args is None else args)
     command = arguments[0] if arguments else "--help"
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     if command in TRAINER_COMMANDS:
         _run_trainer(None if args is None else arguments)
     elif command == "plan":
@@ -38,6 +43,10 @@ def main(args: Sequence[str] | None = None) -> None:
         run_plan(arguments[1:])
     elif command == "generate":
         _generate(arguments[1:])
+    elif command == "quantize":
+        from lightning_llm.quantize_command import run_quantize
+
+        run_quantize(arguments[1:])
     elif command in ("-h", "--help"):
         print(_help())
     elif command == "--version":
@@ -45,7 +54,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
         print(f"lightning-llm {__version__}")
     else:
-        commands = ", ".join([*TRAINER_COMMANDS, "plan", "generate"])
+        commands = ", ".join([*TRAINER_COMMANDS, "plan", "generate", "quantize"])
         sys.exit(f"usage: {_USAGE}\nlightning-llm: error: expected one of {commands}, but got {command!r}.")
 
 
@@ -61,6 +70,7 @@ def _help() -> str:
             *lines,
             "  plan       estimate the memory of training, and choose between checkpointing and windows",
             "  generate   continue a prompt with a trained model",
+            "  quantize   write a trained model with int8 weights, for the CPU",
             "",
             "`lightning-llm COMMAND --help` lists a command's arguments; each can stand in a YAML file (--config).",
         ]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_llm.chunked_loss import chunked_cross_entropy, chunked_token_nll
 from lightning_llm.logit_tiles import LogitMap, LossOptions
 from lightning_llm.loss import IGNORE_INDEX, TokenLoss, exact_dtype, shift_labels, token_cross_entropy, token_nll
+from lightning_llm.virtual_tokens import beside_prompt, num_virtual_tokens
 
 LossKernel = Literal["chunked", "liger", "cce", "plain"]
 HeadFunction = Callable[[Tensor, Tensor, Tensor | None, LogitMap], Tensor]
@@ -55,6 +56,7 @@ def causal_lm_loss(
     """
     if loss_kernel not in ("chunked", "liger", "cce", "plain"):
         raise ValueError(f"`loss_kernel` must be 'chunked', 'liger', 'cce' or 'plain', but got {loss_kernel!r}.")
+    labels = beside_prompt(model, labels)
 
     def of_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, logits: LogitMap) -> Tensor:
         hidden = hidden.reshape(*labels.shape, -1)
@@ -83,7 +85,11 @@ def causal_lm_loss(
 
 
 def causal_lm_token_nll(model: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
-    """Loss of each label token of a causal language model, (batch, seq); the arguments are :func:`causal_lm_loss`'s."""
+    """Loss of each label token of a causal language model, (batch, seq); the arguments are :func:`causal_lm_loss`'s.
+
+    After a prompt that trains, its positions come first: (batch, virtual tokens + seq).
+    """
+    labels = beside_prompt(model, labels)
 
     def of_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, logits: LogitMap) -> Tensor:
         hidden = hidden.reshape(*labels.shape, -1)
@@ -213,7 +219,8 @@ def _measure(model: nn.Module, head: Any, inputs: Mapping[str, Any]) -> LogitMap
     if not isinstance(inputs.get("input_ids"), Tensor):
         return "its batches have no `input_ids` with which its head could be tried"
     input_ids = inputs["input_ids"][:1, :8]
-    numbers = _numbers((*input_ids.shape, head.out_features), input_ids.device)
+    shape = torch.Size((len(input_ids), num_virtual_tokens(model) + input_ids.shape[1]))
+    numbers = _numbers((*shape, head.out_features), input_ids.device)
     called: list[torch.Size] = []
 
     def known(hidden: Tensor) -> Tensor:
@@ -223,7 +230,7 @@ def _measure(model: nn.Module, head: Any, inputs: Mapping[str, Any]) -> LogitMap
     devices = [input_ids.device] if input_ids.device.type == "cuda" else []
     with torch.random.fork_rng(devices, device_type="cuda"), _head_as(head, known):
         logits = getattr(model(input_ids=input_ids, use_cache=False), "logits", None)
-    if called != [input_ids.shape] or not isinstance(logits, Tensor) or logits.shape != numbers.shape:
+    if called != [shape] or not isinstance(logits, Tensor) or logits.shape != numbers.shape:
         return "its logits are not what its head returns, a row for each token"
     if logits.dtype.itemsize < 4:
         return f"it rounds what its head returns to {logits.dtype}"

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from lightning_llm.activation_offload import ActivationOffload, warn_if_on_host
+from lightning_llm.adapters import adapter_fields, add_adapter, check_adapter, check_sharding, warn_of_fixed_ranks
 from lightning_llm.compatibility import check_length, check_vocabulary, take_special_tokens
 from lightning_llm.context_parallel.mesh import sharing_group
 from lightning_llm.duration import Duration
@@ -23,15 +27,18 @@ from lightning_llm.optimizers import ADAMW_BETAS, ADAMW_EPS, make_optimizer, opt
 from lightning_llm.packed_attention import use_packed_attention
 from lightning_llm.packing_guard import PackingGuard
 from lightning_llm.parallel import data_parallel_size
+from lightning_llm.partial_checkpoint import check_source, check_strategy, complete, keep_trained, note_classes
 from lightning_llm.planning.of_module import plan_of_trainer, plan_source
 from lightning_llm.planning.plan import Plan
 from lightning_llm.pretrained import build_model, is_complete, resolve_config, resolve_dtype
+from lightning_llm.quantization import check_quantization, check_training
 from lightning_llm.run_length import tokens_of, total_optimizer_steps
-from lightning_llm.sharding import build_sharded, mesh_to_shard
+from lightning_llm.sharding import build_sharded, copy_sharded, mesh_to_shard
 from lightning_llm.step_window import MicroBatch, StepWindow
 from lightning_llm.tasks.choice import choose_task
 from lightning_llm.tasks.context_parallel_causal_lm import ContextParallelCausalLM
 from lightning_llm.tasks.windowed_causal_lm import WindowedCausalLM
+from lightning_llm.virtual_tokens import check_room
 
 
 class LLMModule(L.LightningModule):
@@ -50,7 +57,8 @@ class LLMModule(L.LightningModule):
         model: A hub id or local folder (pretrained weights), a mapping with ``model_type`` and the fields of a
             transformers configuration (random weights), a ``PretrainedConfig`` (random weights), or a built model.
         task: What is trained: ``causal-lm``, ``masked-lm``, ``seq2seq``, ``sequence-classification``,
-            ``token-classification``, ``question-answering``, ``image-classification``, ``audio-classification``.
+            ``token-classification``, ``question-answering``, ``image-classification``, ``audio-classification``,
+            ``dpo``, ``embedding``.
         labels: A classifier's classes, names or how many; if None the data module's ``label_names``, else the model's.
         task_options: What the task takes beside, such as ``{"problem_type": "multi_label_classification"}``; see
             :mod:`lightning_llm.tasks`.
@@ -88,6 +96,14 @@ class LLMModule(L.LightningModule):
         loss_kernel: ``chunked`` computes the loss from hidden states, without logits in memory, where the model's head
             allows it; ``plain`` from logits; on a GPU also ``liger`` (package liger-kernel) and ``cce``
             (cut-cross-entropy). Windows are always chunked.
+        peft: An adapter to train in place of the model (package peft): a mapping such as ``{"peft_type": "LORA", "r":
+            8}`` with the fields of peft's configuration, or a ``PeftConfig``. Its task follows from ``task``, and a
+            classifier's head trains too. See :mod:`lightning_llm.adapters`.
+        quantization: How pretrained weights are quantised as they are loaded, for adapters on top: transformers'
+            ``quantization_config`` as a mapping, such as ``{"quant_method": "torchao", "quant_type":
+            "Int8WeightOnlyConfig"}`` or ``{"quant_method": "bitsandbytes", "load_in_4bit": True}``.
+        checkpoint: What of the model a Lightning checkpoint holds: ``whole``, or ``trainable``, without the frozen
+            weights, which are then read from the hub or the folder again. If None, ``trainable`` for quantised models.
 
     Raises:
         ValueError: For an unknown task, schedule, duration or configuration field.
@@ -127,8 +143,12 @@ class LLMModule(L.LightningModule):
         loss_kernel: Literal["chunked", "plain", "liger", "cce"] = "chunked",
         labels: list[str] | int | None = None,
         task_options: dict[str, Any] | None = None,
+        peft: dict[str, Any] | Any | None = None,
+        quantization: dict[str, Any] | None = None,
+        checkpoint: Literal["whole", "trainable"] | None = None,
     ) -> None:
         super().__init__()
+        peft = adapter_fields(peft)
         if model is None:
             raise ValueError(
                 "`model` is missing. A checkpoint of a model that was passed in built (a PeftModel, say) does not "
@@ -145,6 +165,15 @@ class LLMModule(L.LightningModule):
             offload=offload,
             context_parallel=context_parallel,
         )
+        if peft is not None:
+            check_adapter(
+                *(peft, model, self.task),
+                gradient_checkpointing=gradient_checkpointing,
+                sequence_window=sequence_window,
+            )
+        check_quantization(quantization, model, checkpoint)
+        checkpoint = checkpoint or ("whole" if quantization is None else "trainable")
+        check_source(checkpoint, model)
         self.save_hyperparameters(ignore=["model"])
         self.source = model
         self.config = resolve_config(model, trust_remote_code=trust_remote_code)
@@ -163,6 +192,9 @@ class LLMModule(L.LightningModule):
         self.optimizer_options = optimizer_options
         self.gradient_checkpointing = gradient_checkpointing
         self.offload = offload
+        self.peft = peft
+        self.quantization = quantization
+        self.checkpoint = checkpoint
         self._plans = sequence_window == "auto"
         self.attn_implementation = attn_implementation
         self.dtype_name = dtype
@@ -180,12 +212,12 @@ class LLMModule(L.LightningModule):
     @property
     def sequence_window(self) -> int | None:
         """Tokens in a window, whatever a callback has made of it; None if rows are not cut."""
-        return self.task.window if isinstance(self.task, WindowedCausalLM) else None
+        return self.task.window
 
     @sequence_window.setter
     def sequence_window(self, tokens: int) -> None:
         """Take other windows, in a module that has some."""
-        if not isinstance(self.task, WindowedCausalLM):
+        if self.task.window is None:
             raise ValueError("This module does not train in windows: make it with LLMModule(sequence_window=...).")
         self.task.window = tokens
 
@@ -195,7 +227,33 @@ class LLMModule(L.LightningModule):
         Returns:
             Tokens in a window from now on; None, and nothing was changed, if they cannot be fewer than they are.
         """
-        return self.task.shrink(length) if isinstance(self.task, WindowedCausalLM) else None
+        return self.task.shrink_window(length)
+
+    # ---- batches that are not to be cut, whose chunks DynamicBatchScaler may make smaller --------------------------
+
+    @property
+    def needs_whole_batches(self) -> bool:
+        """Whether a row's loss depends on the batch's other rows; what is predicted never does."""
+        is_predicting = self._trainer is not None and self._trainer.predicting
+        return self.task.needs_whole_batches and not is_predicting
+
+    @property
+    def chunk_size(self) -> int | None:
+        """Rows of a whole batch that the model sees at once; None for all."""
+        return self.task.chunk_size
+
+    @chunk_size.setter
+    def chunk_size(self, rows: int) -> None:
+        """Take other chunks."""
+        self.task.chunk_size = rows
+
+    def shrink_chunk_size(self, rows: int) -> int | None:
+        """Halve the chunks, of a batch of ``rows`` that does not fit; loss and gradient stay the same.
+
+        Returns:
+            Rows in a chunk from now on; None, and nothing was changed, if they cannot be fewer than they are.
+        """
+        return self.task.shrink_chunk_size(rows)
 
     # ---- the model -----------------------------------------------------------------------------------------------
 
@@ -204,6 +262,9 @@ class LLMModule(L.LightningModule):
         if stage == "fit":
             self._tokens_before = self.tokens_seen
             optimizer_class(self.optimizer)
+            if self.peft is not None:
+                warn_of_fixed_ranks(self.peft, self.trainer)
+            check_training(self.quantization, self.peft is not None)
         if isinstance(self.task, ContextParallelCausalLM):
             self.task.group = sharing_group(self.device_mesh)
         datamodule = getattr(self.trainer, "datamodule", None)
@@ -279,7 +340,7 @@ class LLMModule(L.LightningModule):
         dtype = resolve_dtype(self.dtype_name)
 
         def build(load_weights: bool) -> nn.Module:
-            return build_model(
+            model = build_model(
                 self.source,
                 self.config,
                 self.task.auto_class,
@@ -288,17 +349,27 @@ class LLMModule(L.LightningModule):
                 trust_remote_code=self.trust_remote_code,
                 load_weights=load_weights,
                 fresh_head=self.task.has_labels,
+                quantization=self.quantization,
             )
+            return model if self.peft is None else add_adapter(model, self.peft, self.task.auto_class)
 
         if self.device_mesh is not None:
+            check_sharding(self.peft, self.quantization)
+            if self.checkpoint == "trainable":
+                check_strategy(self.trainer.strategy)
+                self.strict_loading = False  # what is not in a checkpoint stays as it was built
             mesh = mesh_to_shard(self.device_mesh, self.source, isinstance(self.task, ContextParallelCausalLM))
-            self.model = build_sharded(build, mesh, self._root_device(), self._prepare_layers)
+            model = build_sharded(build, mesh, self._root_device(), self._prepare_layers)
+            copy = partial(copy_sharded, model, build, mesh, self._root_device())
+            self.model = model
         else:
             with torch.device("cpu"):  # the same random weights for a seed on every accelerator
                 self.model = build(True)
             self._prepare_layers(self.model)
+            copy = partial(deepcopy, self.model)
         if not any(module.training for module in self.model.modules()):
             self.model.train()  # from_pretrained leaves a model in evaluation mode, and Lightning would keep it there
+        self.task.built(self.model, copy)
         self._prepared = True
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -335,14 +406,14 @@ class LLMModule(L.LightningModule):
         """
         if not self.task.generates:
             raise ValueError(
-                f"The model of {self.task.name!r} does not write: `generate` is for causal-lm and seq2seq."
+                f"The model of {self.task.name!r} does not write: `generate` is for causal-lm, dpo and seq2seq."
             )
         self.configure_model()
         model: Any = self._built()
         was_training = model.training
         model.eval()
         try:
-            tokens: Tensor = model.generate(input_ids, **options)
+            tokens: Tensor = model.generate(input_ids=input_ids, **options)
         finally:
             model.train(was_training)
         return tokens
@@ -351,6 +422,12 @@ class LLMModule(L.LightningModule):
         """Before packed rows come, find out whether the model lets their documents see each other."""
         if self.offload:
             warn_if_on_host(self.device)
+        if self.needs_whole_batches and self.trainer.accumulate_grad_batches > 1:
+            rank_zero_warn(
+                "Rows are contrasted with those of their own micro-batch only: accumulating several is not the same as "
+                "one large batch. For more negatives let the loader give the whole batch (accumulate_grad_batches=1) "
+                "and set task_options={'chunk_size': ...}, or let DynamicBatchScaler find it."
+            )
         self._check_datamodule()
 
     def on_validation_start(self) -> None:
@@ -370,9 +447,9 @@ class LLMModule(L.LightningModule):
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Mean loss over the batch's targets (nats; of numbers, squared), and how many there are."""
         with self._offloaded():
-            loss = self.task.loss(self._built(), self._checked(batch))
+            loss, details = self.task.loss_and_details(self._built(), self._checked(batch))
         detached = TokenLoss(loss.total.detach(), loss.num_tokens)
-        self._micro_batch = MicroBatch(batch_idx, batch.get("row_ids"), detached)
+        self._micro_batch = MicroBatch(batch_idx, batch.get("row_ids"), detached, details)
         return {"loss": loss.mean, "num_tokens": loss.num_tokens}
 
     def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
@@ -393,15 +470,19 @@ class LLMModule(L.LightningModule):
         if not self._window:
             return
         sums = self.trainer.strategy.reduce(self._window.sums(), reduce_op="sum")
-        total, num_tokens, num_bad = sums.tolist()
+        total, num_tokens, num_bad, *details = sums.tolist()
         if num_bad:
             where = f"optimizer step {self.global_step}, epoch {self.current_epoch}"
             raise NonFiniteLossError(self._window.describe_bad(where, self.global_rank, self._built()))
+        names = self._window.names()
         self._window.clear()
         share = data_parallel_size(self.trainer) / self.trainer.world_size  # ranks that share a row count it once each
         self.tokens_seen += round(num_tokens * share)
         if num_tokens:
             self.log("train/loss", total / num_tokens, prog_bar=True, batch_size=1)
+        for name, value, count in zip(names, details[::2], details[1::2], strict=True):
+            if count:
+                self.log(f"train/{name}", value / count, batch_size=1)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer, and the schedule stepped once per optimizer step."""
@@ -468,11 +549,22 @@ class LLMModule(L.LightningModule):
         checkpoint["tokens_seen"] = self.tokens_seen
         checkpoint["tokens_before_run"] = self._tokens_before
         checkpoint["hyper_parameters"]["model"] = self._model_hyper_parameter()
+        if state := self.task.state_dict():
+            checkpoint["task"] = state
+        if self.checkpoint == "trainable":
+            keep_trained(checkpoint, self)
+            note_classes(checkpoint["hyper_parameters"], self.task, self.config)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the tokens seen."""
+        """Restore the tokens seen and what the task remembers; add frozen weights that the checkpoint leaves out."""
+        complete(checkpoint, self)
         self.tokens_seen = checkpoint.get("tokens_seen", 0)
         self._tokens_before = checkpoint.get("tokens_before_run", 0)
+        self.task.load_state_dict(checkpoint.get("task", {}))
+
+    def write_beside(self, folder: Path) -> None:
+        """Write what others than transformers want to know of a model that was exported to a folder."""
+        self.task.write_beside(folder, self.config)
 
     # ---- details -------------------------------------------------------------------------------------------------
 
@@ -502,12 +594,13 @@ class LLMModule(L.LightningModule):
     def _checked(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """The batch as the model may see it."""
         self.task.check(batch, self.config)
+        check_room(self._built(), batch, self.config)
         if not self.task.packs:
             return batch
         return self._packing.isolated(batch, self._built(), self.task.outputs, self.device)
 
     def _offloaded(self) -> AbstractContextManager[object]:
-        in_windows = isinstance(self.task, WindowedCausalLM)  # which offload by themselves
+        in_windows = self.task.window is not None  # which offload by themselves
         return ActivationOffload(self._built()) if self.offload and not in_windows else nullcontext()
 
     def _check_datamodule(self) -> None:
@@ -557,8 +650,10 @@ class LLMModule(L.LightningModule):
             batch_size=1,
         )
 
-    def _model_hyper_parameter(self) -> dict[str, Any] | None:
+    def _model_hyper_parameter(self) -> dict[str, Any] | str | None:
         config = self.config
+        if self.checkpoint == "trainable":  # frozen weights are read again
+            return None if isinstance(self.source, nn.Module) else str(self.source)
         is_plain = not isinstance(self.source, nn.Module) or type(self.source).__module__.startswith("transformers.")
         if is_plain and config.model_type in CONFIG_MAPPING:
             return config.to_dict()

@@ -9,8 +9,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_llm.document_masks import document_ids
 from lightning_llm.isolation import PackingLeakError, check_mask, verify_packing
 from lightning_llm.unpacking import unpack_documents
+from lightning_llm.virtual_tokens import prompt_config
 
 
 class PackingGuard:
@@ -42,7 +44,10 @@ class PackingGuard:
             PackingLeakError: If packed documents see each other and are to be refused.
         """
         if not self._model_checked:
-            self._refuse_or_unpack(lambda: verify_packing(model, outputs, device=device))
+            if prompt_config(model) is not None:
+                self._refuse_or_unpack(_refuse_prompts)
+            else:
+                self._refuse_or_unpack(lambda: verify_packing(model, outputs, device=device))
             self._model_checked = True
 
     def isolated(
@@ -54,7 +59,11 @@ class PackingGuard:
         """
         if batch.get("position_ids") is None:
             return batch
-        if batch.get("attention_mask") is None:
+        if prompt_config(model) is not None:
+            if not _restarts(batch):
+                return batch
+            self.check_model(model, outputs, device)
+        elif batch.get("attention_mask") is None:
             self.check_model(model, outputs, device)
         elif not self._masks_checked or device.type == "cpu":  # elsewhere the host would wait for the device
             self._refuse_or_unpack(lambda: check_mask(batch))
@@ -72,3 +81,16 @@ class PackingGuard:
                 f"leaking_packs='unpack': each document becomes a row of its own, padded to the longest of its batch. "
                 f"Losses are those of separate documents; memory and time grow with the padding. The reason: {leak}"
             )
+
+
+def _refuse_prompts() -> None:
+    raise PackingLeakError(
+        "A prompt that trains (prompt tuning, prefix tuning) stands before a row as a whole, so that in a packed row "
+        "only the first document would have it, and documents would see each other. Use windowing='documents', "
+        "LLMModule(leaking_packs='unpack'), or LoRA."
+    )
+
+
+def _restarts(batch: Mapping[str, Any]) -> bool:
+    """Whether a row holds several documents; the host waits for a device."""
+    return bool((document_ids(batch["position_ids"]).diff(dim=1) > 0).any())

@@ -12,6 +12,8 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
+from lightning_llm.quantization import QuantizationFields, check_quantized, quantization_config
+
 ModelSource = str | Path | dict[str, Any] | PretrainedConfig | nn.Module
 
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -68,6 +70,7 @@ def build_model(
     trust_remote_code: bool = False,
     load_weights: bool = True,
     fresh_head: bool = False,
+    quantization: QuantizationFields | None = None,
 ) -> nn.Module:
     """Build the model on the current default device: pretrained weights from a folder or the hub, else random ones.
 
@@ -83,9 +86,12 @@ def build_model(
         load_weights: If False, only the architecture (for sharded set-up on the meta device).
         fresh_head: Whether a head of another size than the configuration asks for is replaced by a random one; one that
             is missing always is. transformers names what it made anew.
+        quantization: How pretrained weights are quantised; see :func:`~lightning_llm.quantization.quantization_config`.
 
     Raises:
         FileNotFoundError: If the folder holds no safetensors weights.
+        ImportError: If the package that quantises is not there.
+        ValueError: If nothing can be quantised.
     """
     if isinstance(source, nn.Module):
         return source
@@ -95,11 +101,37 @@ def build_model(
         options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "config": config}
         if fresh_head:
             options["ignore_mismatched_sizes"] = True
+        if quantization is not None:
+            if dtype == torch.float64:
+                raise ValueError("Weights are quantised from float32, bfloat16 or float16: pass another `dtype`.")
+            options["quantization_config"] = quantization_config(quantization)
         if attn_implementation is not None:
             options["attn_implementation"] = attn_implementation
-        return auto.from_pretrained(_location(source), trust_remote_code=trust_remote_code, **options)  # type: ignore[no-any-return]
+        options |= {"trust_remote_code": trust_remote_code, "output_loading_info": True}
+        model, info = auto.from_pretrained(_location(source), **options)
+        _mark_fresh(model, {*info["missing_keys"], *(mismatch[0] for mismatch in info["mismatched_keys"])})
+        if quantization is not None:
+            check_quantized(model, quantization)
+        return model  # type: ignore[no-any-return]
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **options)  # type: ignore[no-any-return]
+
+
+def check_model_folder(source: str | Path) -> None:
+    """Refuse what is no local folder with a model's configuration and safetensors weights.
+
+    Raises:
+        FileNotFoundError: Saying what is missing.
+    """
+    if not Path(source).expanduser().exists():
+        raise FileNotFoundError(f"There is no model folder at {Path(source).expanduser()}. Check the path.")
+    _check_folder(source)
+    _check_weights(source)
+
+
+def is_fresh(parameter: nn.Parameter) -> bool:
+    """Whether a parameter of a model with pretrained weights was not among them, and is random."""
+    return getattr(parameter, "_is_fresh", False)
 
 
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
@@ -134,6 +166,12 @@ def max_positions(config: PretrainedConfig) -> int | None:
     if isinstance(factor, (int, float)):  # a stretched rotary embedding: YaRN, linear, llama3, ...
         positions = max(positions, int(factor * (rope.get("original_max_position_embeddings") or positions)))
     return int(positions)
+
+
+def _mark_fresh(model: nn.Module, names: set[str]) -> None:
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in names:
+            parameter._is_fresh = True  # type: ignore[attr-defined]
 
 
 def _location(source: str | Path) -> str:

@@ -51,6 +51,30 @@ def build_sharded(
     return model
 
 
+@torch.no_grad()
+def copy_sharded(
+    model: nn.Module, build: Callable[[bool], nn.Module], mesh: DeviceMesh, device: torch.device
+) -> nn.Module:
+    """Another sharded model with the same weights; each rank copies its own shards, and nothing is sent.
+
+    Args:
+        model: As :func:`build_sharded` made it, before it has run.
+        build: As there.
+        mesh: As there.
+        device: As there.
+    """
+    with torch.device("meta"):
+        copy = build(False)
+    shard_layers(copy, mesh)
+    copy.to_empty(device=device)
+    tie_weights: Any = copy.tie_weights
+    tie_weights()
+    mine, theirs = ([*whole.parameters(), *whole.buffers()] for whole in (copy, model))
+    for own, other in zip(mine, theirs, strict=True):
+        own.copy_(other)
+    return copy
+
+
 def mesh_to_shard(mesh: DeviceMesh, source: Any, shares_rows: bool) -> DeviceMesh:
     """The ranks among which parameters are divided.
 

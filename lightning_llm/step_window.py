@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +19,13 @@ class MicroBatch(NamedTuple):
         batch_idx: Lightning's number of the batch in the epoch.
         row_ids: The batch's rows, (batch,), if it names them.
         loss: Its summed loss and label tokens, detached, still on the device.
+        details: Sums and counts of what else is logged, by name, likewise; the same names in each micro-batch.
     """
 
     batch_idx: int
     row_ids: Any
     loss: TokenLoss
+    details: Mapping[str, TokenLoss] = {}
 
 
 class StepWindow:
@@ -43,10 +46,18 @@ class StepWindow:
         self._micro_batches.clear()
 
     def sums(self) -> Tensor:
-        """Loss in nats, label tokens, and micro-batches whose loss is not finite; (3,), on the device."""
+        """Loss in nats, label tokens, micro-batches whose loss is not finite; sum and count of each of :meth:`names`.
+
+        Of shape (3 + 2 names,), on the device.
+        """
         totals = self._totals()
         tokens = torch.stack([micro.loss.num_tokens for micro in self._micro_batches]).to(totals)
-        return torch.stack([totals.sum(), tokens.sum(), (~totals.isfinite()).to(totals).sum()])
+        details = [value.to(totals) for name in self.names() for value in self._sum_of(name)]
+        return torch.stack([totals.sum(), tokens.sum(), (~totals.isfinite()).to(totals).sum(), *details])
+
+    def names(self) -> list[str]:
+        """What is logged beside the loss."""
+        return list(self._micro_batches[0].details) if self._micro_batches else []
 
     def describe_bad(self, where: str, rank: int, model: nn.Module) -> str:
         """Say which micro-batch of this rank is not finite, how the weights are, and what to do.
@@ -69,6 +80,11 @@ class StepWindow:
             f"the learning rate, lengthen the warm-up, clip gradients (Trainer(gradient_clip_val=1.0)), or use "
             f"bfloat16 instead of float16."
         )
+
+    def _sum_of(self, name: str) -> TokenLoss:
+        parts = [micro.details[name] for micro in self._micro_batches]
+        exact = exact_dtype(parts[0].total.device)
+        return TokenLoss(*(torch.stack(values).to(exact).sum() for values in zip(*parts, strict=True)))
 
     def _totals(self) -> Tensor:
         totals = torch.stack([micro.loss.total for micro in self._micro_batches])

@@ -53,7 +53,7 @@ def test_help_lists_the_commands_without_heavy_imports():
     begin = time.perf_counter()
     text = run_command("--help")
     assert time.perf_counter() - begin < 5
-    for command in ("fit", "validate", "test", "predict", "generate"):
+    for command in ("fit", "validate", "test", "predict", "generate", "quantize"):
         assert f"\n  {command} " in text
     code = "import sys, lightning_llm.cli as c; c.main(['--help']); print([m for m in ('torch',) if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.endswith(
@@ -166,6 +166,22 @@ def test_every_config_in_the_repository_parses(path, capsys):
         main(["fit", "--config", str(path), "--print_config"])
     assert stop.value.code == 0
     assert "learning_rate" in capsys.readouterr().out
+
+
+def test_lora_runs_from_its_config_and_writes_plain_weights(tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from lightning_llm import LLMModule
+
+    folder = f"--trainer.default_root_dir={tmp_path}"
+    main(["fit", "--config", str(ROOT / "configs" / "lora.yaml"), folder, "--trainer.max_steps", "2"])
+    (exported,) = tmp_path.rglob("huggingface/last")
+    (path,) = tmp_path.rglob("last.ckpt")
+    loaded = LLMModule.load_from_checkpoint(path, weights_only=True).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    merged = AutoModelForCausalLM.from_pretrained(exported)
+    assert torch.allclose(merged(ids).logits, loaded.model(ids).logits, atol=1e-5)
 
 
 def test_another_data_module_is_named_by_its_class_path(tmp_path):

@@ -45,6 +45,7 @@ SMALL = {
         "hidden_size": 16,
         "eval_batches": 1,
     },
+    "08_images": {"max_epochs": 2, "batch_size": 48, "width": 4, "piece_sizes": (48, 20)},
 }
 WRITTEN = {"01_quickstart": "huggingface/last/model.safetensors"}
 

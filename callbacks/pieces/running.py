@@ -17,6 +17,7 @@ from lightning_llm.callbacks.pieces.reduction import LocalReduction
 from lightning_llm.callbacks.pieces.rows import CannotSplit
 from lightning_llm.callbacks.pieces.sequence_window import WindowLimit
 from lightning_llm.callbacks.pieces.undo import StateKeeper
+from lightning_llm.callbacks.pieces.whole_batches import ChunkLimit, needs_whole_batches
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +90,7 @@ class PieceRunner:
         reduction: How ranks meet.
         transfer: Moves pieces of batches that are still on the host.
         window: How long windows along the sequence may be, in modules that have them.
+        chunk: How many rows of a batch that is not cut are seen at once.
         name: Of what is run, for messages.
     """
 
@@ -100,6 +102,7 @@ class PieceRunner:
         reduction: LocalReduction,
         transfer: Transfer,
         window: WindowLimit,
+        chunk: ChunkLimit,
         name: str = "training",
     ) -> None:
         assert trainer.strategy.lightning_module is not None
@@ -111,6 +114,7 @@ class PieceRunner:
         self.reduction = reduction
         self.transfer = transfer
         self.window = window
+        self.chunk = chunk
         self.name = name
         self.keeper = StateKeeper(self.module, self.device)
         self.report = BatchReport(1, 0, 0)
@@ -121,6 +125,8 @@ class PieceRunner:
 
         A rank with too few rows repeats its last piece, with a weight of 0.
         """
+        if needs_whole_batches(self.module):
+            return [whole], 0
         pieces = self.cutter.cut(whole, self.limits.cost)
         number = self.reduction.agree(len(pieces))
         if number > len(pieces):
@@ -141,6 +147,9 @@ class PieceRunner:
         limit = self.limits.of(piece.length)
         has_fitted = not is_retry and any(piece.cost <= known.good for known in self.limits.buckets.values())
         limit.failed(piece.cost, self.limits.grow_every)
+        if needs_whole_batches(self.module):
+            limit.set_free()
+            return [self._with_smaller_chunks(piece, error)]
         try:
             parts = self.cutter.cut(piece, self.limits.cost)
             if len(parts) == 1:
@@ -168,6 +177,22 @@ class PieceRunner:
             *(f"{len(parts)} pieces" if len(parts) > 1 else "one, as it had fitted before", limit.limit),
         )
         return parts
+
+    def _with_smaller_chunks(self, piece: Piece, error: BaseException) -> Piece:
+        rank = self.trainer.global_rank
+        if self.chunk.shrink(self.module, round(piece.num_rows), self.name, rank):
+            return piece
+        raise torch.OutOfMemoryError(
+            f"Out of memory in {self.name} with a batch of {piece.num_rows:g} rows of {piece.length} columns on rank "
+            f"{rank}. Its loss compares its rows with each other, so that it cannot be cut, and {self._chunks()}. Use "
+            f"smaller batches, shorter rows, gradient checkpointing or lower precision."
+        ) from error
+
+    def _chunks(self) -> str:
+        size = getattr(self.module, "chunk_size", None)
+        if size is None:
+            return f"{type(self.module).__name__} does not run it in chunks here"
+        return f"chunks of {size} rows cannot be smaller here"
 
     def _and_windows(self) -> str:
         tokens = self.window.of(self.module)

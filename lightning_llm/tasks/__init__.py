@@ -3,6 +3,8 @@
 from lightning_llm.tasks.audio_classification import AudioClassification
 from lightning_llm.tasks.base import Task
 from lightning_llm.tasks.causal_lm import CausalLM
+from lightning_llm.tasks.dpo import DPO
+from lightning_llm.tasks.embedding import Embedding
 from lightning_llm.tasks.image_classification import ImageClassification
 from lightning_llm.tasks.masked_lm import MaskedLM
 from lightning_llm.tasks.question_answering import QuestionAnswering
@@ -21,13 +23,17 @@ TASKS: dict[str, type[Task]] = {
         QuestionAnswering,
         ImageClassification,
         AudioClassification,
+        DPO,
+        Embedding,
     )
 }
 
 __all__ = [
+    "DPO",
     "TASKS",
     "AudioClassification",
     "CausalLM",
+    "Embedding",
     "ImageClassification",
     "MaskedLM",
     "QuestionAnswering",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from lightning_llm.compatibility import check_length
 from lightning_llm.head_loss import LossKernel
 from lightning_llm.loss import TokenLoss
 from lightning_llm.tasks.labels import agreed_labels, set_labels
+
+SHORTEST_WINDOW = 64  # tokens; below, passes over the keys cost more than the memory is worth
 
 
 class Task(ABC):
@@ -28,6 +31,10 @@ class Task(ABC):
         reads_tokens: Whether rows are tokens, so that vocabulary and length of model and data must fit.
         packs: Whether a row may hold several documents, which :meth:`outputs` keeps apart.
         generates: Whether the model continues or answers with tokens of its own.
+        needs_whole_batches: Whether a row's loss depends on the batch's other rows, so that no batch may be cut.
+        window: Tokens in a window; None where rows are not cut.
+        chunk_size: Rows that the model sees at once, of a batch that is not cut; None for all.
+        offload: Whether windows keep keys, values and their gradients in host memory.
 
     Args:
         loss_kernel: How a task with a large vocabulary computes its loss: ``chunked``, ``plain``, ``liger``, ``cce``.
@@ -39,6 +46,10 @@ class Task(ABC):
     reads_tokens: ClassVar[bool] = True
     packs: ClassVar[bool] = False
     generates: ClassVar[bool] = False
+    needs_whole_batches: bool = False
+    window: int | None = None
+    chunk_size: int | None = None
+    offload: bool = False
 
     def __init__(self, loss_kernel: LossKernel = "chunked") -> None:
         self.loss_kernel: LossKernel = loss_kernel
@@ -94,9 +105,21 @@ class Task(ABC):
                 f"each other. Use windowing='documents'."
             )
 
+    def built(self, model: nn.Module, copy: Callable[[], nn.Module]) -> None:  # noqa: B027 - most need nothing
+        """The model stands, with the weights that training begins with.
+
+        Args:
+            model: On the host or sharded.
+            copy: Makes another one like it, for a task that needs the original beside the trained one.
+        """
+
     @abstractmethod
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> TokenLoss:
         """Run the model on a batch; return the summed loss and its weight, by which its mean is taken."""
+
+    def loss_and_details(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[TokenLoss, dict[str, TokenLoss]]:
+        """As :meth:`loss`, with sums and counts of what else is logged in training, by name; the same names always."""
+        return self.loss(model, batch), {}
 
     @abstractmethod
     def score(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,3 +144,34 @@ class Task(ABC):
     @abstractmethod
     def evaluate(self, model: nn.Module, batch: Mapping[str, Any], metrics: Any) -> None:
         """Run the model on a batch and add it to what :meth:`metrics` made."""
+
+    def shrink_window(self, length: int) -> int | None:
+        """Halve the window, or the row of ``length`` tokens that it holds as a whole, down to 64 tokens.
+
+        Returns:
+            Tokens in a window from now on; None, and nothing was changed, if there is none or it cannot be shorter.
+        """
+        window = min(self.window or 0, length)
+        if window <= SHORTEST_WINDOW:
+            return None
+        self.window = max(window // 2, SHORTEST_WINDOW)
+        return self.window
+
+    def shrink_chunk_size(self, rows: int) -> int | None:
+        """See fewer of a batch's rows at once than ``rows``, if the task can; None, and nothing changed, if not."""
+        return None
+
+    def write_beside(self, folder: Path, config: PretrainedConfig) -> None:  # noqa: B027 - most write nothing
+        """Write what others than transformers want to know of an exported model.
+
+        Args:
+            folder: That ``save_pretrained`` has written.
+            config: Of the model.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of the task, the same on every rank."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 - most have none
+        """Go on with it."""

@@ -13,6 +13,7 @@ from lightning_llm.loss import IGNORE_INDEX, TokenLoss, shift_labels, token_nll
 from lightning_llm.metrics import LanguageModelingMetrics
 from lightning_llm.tasks.base import Task
 from lightning_llm.unpacking import sum_rows
+from lightning_llm.virtual_tokens import beside_prompt, num_virtual_tokens
 
 # What a decoder takes from a batch; everything else in a batch (row_ids, num_bytes, ...) is for us.
 _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -36,10 +37,14 @@ class CausalLM(Task):
     def score(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Score each row: ``nll`` (rows,) in nats and ``num_tokens`` (rows,)."""
         labels = labels_of(batch)
+        inputs = {**decoder_inputs(model, batch), "use_cache": False}
         if self.loss_kernel == "plain":
-            nll = token_nll(self.outputs(model, batch), labels)
+            labels = beside_prompt(model, labels)
+            logits = model(**inputs).logits
+            nll = token_nll(logits.reshape(*labels.shape, -1), labels)
         else:
-            nll = causal_lm_token_nll(model, {**decoder_inputs(model, batch), "use_cache": False}, labels)
+            nll = causal_lm_token_nll(model, inputs, labels)
+            labels = beside_prompt(model, labels)
         is_target = shift_labels(labels) != IGNORE_INDEX
         return {"nll": sum_rows(nll, batch), "num_tokens": sum_rows(is_target.long(), batch)}
 
@@ -64,7 +69,7 @@ class CausalLM(Task):
         """
         shape = batch["input_ids"].shape
         logits: Tensor = model(**decoder_inputs(model, batch), use_cache=False).logits
-        return logits.view(*shape, logits.shape[-1])
+        return logits[:, num_virtual_tokens(model) :].reshape(*shape, logits.shape[-1])
 
 
 def decoder_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,6 +80,8 @@ def decoder_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]
     laid end to end for it, (rows, seq) to (1, rows * seq), or go with the boundaries that the batch brings.
     """
     inputs = {key: batch[key] for key in _MODEL_INPUTS if batch.get(key) is not None}
+    if num_virtual_tokens(model):  # peft counts positions from the prompt's first
+        inputs.pop("position_ids", None)
     implementation = getattr(getattr(model, "config", None), "_attn_implementation", None) or ""
     if "flash" not in implementation or "attention_mask" in inputs:
         return inputs

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning_llm.tasks import TASKS
 from lightning_llm.tasks.base import Task
 from lightning_llm.tasks.context_parallel_causal_lm import ContextParallelCausalLM
 from lightning_llm.tasks.windowed_causal_lm import WindowedCausalLM
+from lightning_llm.tasks.windowed_dpo import WindowedDPO
+
+WINDOWED: dict[str, Callable[..., Task]] = {"causal-lm": WindowedCausalLM, "dpo": WindowedDPO}
 
 
 def choose_task(
@@ -46,15 +49,17 @@ def choose_task(
         raise ValueError(f"Windows compute a loss of their own ('chunked'), not {loss_kernel!r}: leave that out.")
     if sequence_window is not None and context_parallel:
         raise ValueError("`sequence_window` and `context_parallel` do not go together yet: leave out one of them.")
+    window = None if isinstance(sequence_window, str) else sequence_window
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        raise ValueError(f"`sequence_window` must be a number of tokens, at least 1, but got {window!r}.")
     options = _known_options(name, options)
     if name != "causal-lm":
         _refuse_decoders_options(name, loss_kernel, sequence_window, context_parallel)
-        return TASKS[name](loss_kernel, **options)
     if context_parallel:
         return ContextParallelCausalLM(loss_kernel)
-    if sequence_window is None or isinstance(sequence_window, str):
+    if window is None:
         return TASKS[name](loss_kernel, **options)
-    return WindowedCausalLM(sequence_window, offload)
+    return WINDOWED[name](window, offload, **options)
 
 
 def _known_options(name: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -68,7 +73,8 @@ def _known_options(name: str, options: Mapping[str, Any] | None) -> dict[str, An
 
 def _refuse_decoders_options(name: str, loss_kernel: str, sequence_window: Any, context_parallel: bool) -> None:
     """What is there for decoders only."""
-    if sequence_window is not None or context_parallel:
+    cannot_cut = sequence_window == "auto" or (sequence_window is not None and name not in WINDOWED)
+    if cannot_cut or context_parallel:
         argument = "context_parallel" if context_parallel else "sequence_window"
         raise ValueError(
             f"`{argument}` cuts rows of the task 'causal-lm'; the model of {name!r} sees a row as a whole. For long "

@@ -13,8 +13,6 @@ from lightning_llm.tasks.causal_lm import CausalLM, labels_of
 from lightning_llm.unpacking import sum_rows
 from lightning_llm.windowed import windowed_loss, windowed_nll
 
-SHORTEST_WINDOW = 64  # tokens; below, passes over the keys cost more than the memory is worth
-
 
 class WindowedCausalLM(CausalLM):
     """:class:`CausalLM`, cut into windows of ``window`` tokens; see :func:`~lightning_llm.windowed.windowed_loss`.
@@ -22,28 +20,12 @@ class WindowedCausalLM(CausalLM):
     Args:
         window: Tokens in a window.
         offload: Whether keys, values and their gradients are kept in host memory.
-
-    Raises:
-        ValueError: If that is no whole number above 0.
     """
 
     def __init__(self, window: int, offload: bool = False) -> None:
-        if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-            raise ValueError(f"`sequence_window` must be a number of tokens, at least 1, but got {window!r}.")
         super().__init__(loss_kernel="chunked")
-        self.window, self.offload = window, offload
-
-    def shrink(self, length: int) -> int | None:
-        """Halve the window, or the row of ``length`` tokens that it holds as a whole, down to 64 tokens.
-
-        Returns:
-            Tokens in a window from now on; None if they cannot be fewer.
-        """
-        window = min(self.window, length)
-        if window <= SHORTEST_WINDOW:
-            return None
-        self.window = max(window // 2, SHORTEST_WINDOW)
-        return self.window
+        self.window: int = window
+        self.offload = offload
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> TokenLoss:
         """Sum the cross-entropy over the batch's label tokens; its gradient is made window by window."""

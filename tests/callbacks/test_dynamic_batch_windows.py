@@ -15,7 +15,7 @@ from windowed_models import full_float64
 
 from lightning_llm import LLMModule
 from lightning_llm.callbacks import DynamicBatchScaler
-from lightning_llm.tasks import windowed_causal_lm
+from lightning_llm.tasks import base
 
 EXACT = 1e-12
 ROUNDING_FLOAT = torch.Tensor.float  # before tests replace it
@@ -25,7 +25,7 @@ ROUNDING_FLOAT = torch.Tensor.float  # before tests replace it
 def short_windows_in_float64(monkeypatch):
     """Rows here have a few tens of tokens."""
     full_float64(monkeypatch)
-    monkeypatch.setattr(windowed_causal_lm, "SHORTEST_WINDOW", 4)
+    monkeypatch.setattr(base, "SHORTEST_WINDOW", 4)
 
 
 def difference(module, truth):

@@ -16,13 +16,13 @@ from scarce_windows import ScarceInWindows, batches, train, weights_of
 from windowed_models import full_float64
 
 from lightning_llm.callbacks import AccumulationSchedule, DynamicBatchScaler
-from lightning_llm.tasks import windowed_causal_lm
+from lightning_llm.tasks import base
 
 
 def main(folder: Path) -> None:
     rank = int(os.environ["RANK"])
     full_float64(SimpleNamespace(setattr=setattr))
-    windowed_causal_lm.SHORTEST_WINDOW = 4
+    base.SHORTEST_WINDOW = 4
     # Steps of 1, 1, 2 and 2 micro-batches; each rank has every other row.
     mine = []
     for step, batch in enumerate(batches()):

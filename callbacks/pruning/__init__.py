@@ -1,0 +1,1 @@
+"""Parts of :class:`~lightning_llm.callbacks.MagnitudePruning`."""

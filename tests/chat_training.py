@@ -60,12 +60,19 @@ class Rows(L.Callback):
 
 
 def train(
-    folder: Path, data: L.LightningDataModule, *, steps: int = 6, accumulate: int = 1, resume: Any = None, **record: Any
+    folder: Path,
+    data: L.LightningDataModule,
+    *,
+    steps: int = 6,
+    accumulate: int = 1,
+    resume: Any = None,
+    save: tuple[int, ...] = (),
+    **module: Any,
 ) -> tuple[dict[int, list[int]], torch.Tensor]:
     """Rows of each step, and the weights."""
     torch.manual_seed(0)
-    rows = Rows(folder, **record)
-    module = LLMModule(GPT2, optimizer="sgd", learning_rate=0.1, weight_decay=0.0)
+    rows = Rows(folder, save)
+    model = LLMModule(GPT2, optimizer="sgd", learning_rate=0.1, weight_decay=0.0, **module)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=1,
@@ -80,5 +87,5 @@ def train(
         enable_model_summary=False,
         default_root_dir=folder,
     )
-    trainer.fit(module, data, ckpt_path=resume)
-    return rows.steps, torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+    trainer.fit(model, data, ckpt_path=resume)
+    return rows.steps, torch.cat([parameter.detach().flatten() for parameter in model.parameters()])

@@ -2,23 +2,19 @@
 
 import json
 import warnings
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
 from chat_tokenizers import trl_templates
 from chat_training import GPT2, chats, conversations, train
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from lightning_llm.cli import main
 from lightning_llm.datamodules import ChatDataModule
 from lightning_llm.datamodules.examples.records import RecordError
 from lightning_llm.datamodules.tokenizer import byte_tokenizer
 
-ROOT = Path(__file__).parents[2]
 LAYOUTS = {
     "packed": {},
     "a conversation a row": {"windowing": "documents"},
@@ -268,19 +264,3 @@ def test_a_given_tokenizer_is_not_changed(tmp_path):
     data = ChatDataModule(conversations(3), tokenizer, 64, chat_template="chatml", cache_dir=str(tmp_path))
     assert data.tokenizer.chat_template
     assert tokenizer.chat_template is None
-
-
-def test_the_configuration_trains_and_what_it_exports_can_chat(tmp_path, monkeypatch):
-    settings = yaml.safe_load((ROOT / "configs" / "chat.yaml").read_text())
-    settings["data"]["init_args"] |= {"data": str(ROOT / settings["data"]["init_args"]["data"])}
-    settings["data"]["init_args"] |= {"cache_dir": str(tmp_path / "cache")}
-    settings["trainer"] |= {"default_root_dir": str(tmp_path), "enable_progress_bar": False}
-    (tmp_path / "chat.yaml").write_text(yaml.safe_dump(settings))
-    monkeypatch.chdir(tmp_path)
-    main(["fit", "--config", "chat.yaml", "--trainer.max_steps", "2"])
-    (folder,) = {path.parent for path in tmp_path.rglob("tokenizer_config.json")}
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
-    )
-    assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from chat_tokenizers import trl_templates
-from chat_training import chats
+from chat_training import chats, train
 
 from lightning_llm.datamodules import PreferenceDataModule
 from lightning_llm.datamodules.examples.chat_tokens import EncodedChat
@@ -225,3 +225,14 @@ def test_prompts_and_answers_are_encoded_as_chats_are(tmp_path):
     (other,) = chat.train_dataloader()
     for name in ("input_ids", "labels", "attention_mask"):
         assert torch.equal(batch[f"chosen_{name}"], other[name])
+
+
+def test_how_a_global_batch_of_pairs_is_cut_does_not_change_the_weights(tmp_path):
+    rows = ROWS * 2
+    steps, weights = train(tmp_path, preferences(tmp_path, rows, global_batch_size=6), task="dpo", steps=4)
+    again = preferences(tmp_path, rows, global_batch_size=6)
+    cut_steps, cut = train(tmp_path, again, task="dpo", steps=4, accumulate=4)
+    assert {step: sorted(rows) for step, rows in steps.items()} == {s: sorted(rows) for s, rows in cut_steps.items()}
+    assert float((weights - cut).norm()) <= 1e-12 * float(weights.norm())
+    _, other = train(tmp_path, preferences(tmp_path, rows, global_batch_size=6, seed=1), task="dpo", steps=4)
+    assert float((weights - other).norm()) > 1e-9 * float(weights.norm())

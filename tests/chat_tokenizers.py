@@ -24,7 +24,7 @@ CHATS = {
         ("user", "Hi"),
         ("assistant", "  Hello \U0001f600 there!  "),
         ("user", "Und dann?\n"),
-        ("assistant", "Ende gut,\n\n    alles gut. \u4f60\u597d"),
+        ("assistant", "Gr\u00fc\u00dfe,\n\n    bis dann. \u4f60\u597d"),
         ("user", "Hello there"),
         ("assistant", "y"),
     ],

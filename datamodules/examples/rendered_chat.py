@@ -111,10 +111,11 @@ class RenderedChat:
 
     def is_open(self, turn: int, span: Span) -> bool:
         """Whether nothing but white space follows the message's text in its turn."""
-        said, shown = self.messages[turn].get("content"), self.text[slice(*span)].rstrip()
+        said, shown = self.messages[turn].get("content"), self.text[slice(*span)]
         if not isinstance(said, str) or self.messages[turn].get("tool_calls"):
             return False
-        return shown.endswith(said.rstrip()[-40:]) if said.strip() else not shown
+        begin = shown.find(said.strip())
+        return begin >= 0 and not shown[begin + len(said.strip()) :].strip()
 
     # ---- details -------------------------------------------------------------------------------------------------
 

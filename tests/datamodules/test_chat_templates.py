@@ -4,7 +4,7 @@ import re
 
 import pytest
 from chat_tokenizers import CHATS, bpe, encode, learnt, messages_of, trl_templates
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lightning_llm.datamodules.examples.chat_templates import CHAT_TEMPLATES, read_chat_template, with_chat_template
@@ -144,6 +144,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs", "Co"]), max_size=30)
 
 @settings(deadline=None, max_examples=150)
 @given(st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3))
+@example([("", ">")])  # a text that ends as the mark of the turn's end does
 def test_any_text_is_learnt_to_its_last_byte(turns):
     tokenizer = byte_tokenizer()
     messages = [

@@ -161,7 +161,7 @@ class _SummedNLL(torch.autograd.Function):
 def _slices(logits: Tensor) -> list[slice]:
     """Slices of rows: small enough for a processor's cache, large enough to fill a GPU."""
     num_values = 1 << (18 if logits.device.type == "cpu" else 26)
-    size = max(num_values // logits.shape[-1], 1)
+    size = max(num_values // max(logits.shape[-1], 1), 1)
     return [slice(begin, begin + size) for begin in range(0, max(len(logits), 1), size)]
 
 

@@ -174,7 +174,8 @@ class Embedding(Task):
         loss = self._loss(texts, batch)
         if self.loss_name == "cosine":
             cosines = F.cosine_similarity(anchor, positive)
-            metrics.update(means={"loss": loss}, preds=cosines, target=batch["labels"].to(cosines))
+            target = batch["labels"][_real_rows(batch)]
+            metrics.update(means={"loss": loss}, preds=cosines, target=target.to(cosines))
             return
         if self.loss_name == "triplet":
             right = F.cosine_similarity(anchor, positive) > F.cosine_similarity(anchor, negatives[0])
@@ -214,15 +215,16 @@ class Embedding(Task):
             return contrastive_loss(anchor, positive, negatives, **options, across_ranks=self._gathers())
         if self.loss_name == "triplet":
             return triplet_loss(anchor, positive, negatives[0], self.margin)
-        return cosine_loss(anchor, positive, batch["labels"])
+        return cosine_loss(anchor, positive, batch["labels"][_real_rows(batch)])
 
     def _pairs(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Embeddings of anchor, positive and negatives, in this order."""
+        """Embeddings of anchor, positive and negatives, in this order, without rows that fill up a rank's batch."""
         texts = texts_of(batch)
         order = sorted(texts, key=lambda name: (name != "anchor", name != "positive"))  # stable
         ordered = {name: texts[name] for name in order}
         _check_pairs(self.loss_name, list(ordered), batch)
-        return self._embeddings(model, ordered)
+        kept = _real_rows(batch)
+        return {name: values[kept] for name, values in self._embeddings(model, ordered).items()}
 
     def _embeddings(self, model: nn.Module, texts: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
         if self.chunk_size is None:
@@ -271,6 +273,12 @@ def _check_pairs(loss: str, names: Sequence[str], batch: Mapping[str, Any]) -> N
         )
     if loss == "triplet" and len(names) != 3:
         raise KeyError(f"loss='triplet' needs anchor, positive and one negative, but got {', '.join(names)}.")
+
+
+def _real_rows(batch: Mapping[str, Any]) -> Tensor | slice:
+    """The rows that are of the data: a rank that has none left gets a row with the id -1."""
+    row_ids = batch.get("row_ids")
+    return row_ids != -1 if isinstance(row_ids, Tensor) else slice(None)
 
 
 def _first(*values: Any) -> Any:

@@ -26,6 +26,15 @@ class TaskMetrics(MetricCollection):
         # Without groups, which would share states: a piece that fails is taken back metric by metric.
         super().__init__(dict(metrics), compute_groups=False)
 
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Add a batch; of one whose rows are none of the data's, the means alone, as some metrics need a row."""
+        if "preds" in kwargs and not len(kwargs["preds"]):
+            for metric in self.values(copy_state=False):
+                if isinstance(metric, Means):
+                    metric.update(kwargs["means"])
+            return
+        super().update(*args, **kwargs)
+
     def compute(self) -> dict[str, Tensor]:
         """The value of each name, the same on every rank."""
         return {name: value.mean() if value.ndim else value for name, value in super().compute().items()}

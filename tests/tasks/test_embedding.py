@@ -389,3 +389,29 @@ def test_the_pooler_that_no_embedding_passes_is_frozen(quiet_trainer):
     assert not any(parameter.requires_grad for parameter in module.model.pooler.parameters())
     assert torch.equal(module.model.pooler.dense.weight, before)
     assert not torch.equal(weights_of(module), weights_of(embedding()))
+
+
+# ---- rows that fill up a rank's batch --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("loss", "chunk_size"), [("contrastive", None), ("contrastive", 2), ("cosine", None), ("triplet", None)]
+)
+def test_a_row_that_fills_up_a_batch_is_neither_target_nor_candidate(loss, chunk_size):
+    sides = TRIPLETS if loss == "triplet" else TRIPLETS[:2]
+    batch = texts(5, sides) | {"row_ids": torch.tensor([3, 4, 5, -1, -1])}
+    if loss == "cosine":
+        batch["labels"] = torch.tensor([0.1, 0.9, 0.5, math.nan, math.nan], dtype=torch.float64)
+    options = {"loss": loss} | ({"chunk_size": chunk_size} if chunk_size else {})
+    module = embedding(task_options=options)
+    found = module.training_step(batch, 0)
+    gradient = gradient_of(module, found["loss"])
+    truth = module.training_step(rows_of(batch, slice(0, 3)), 0)
+    assert found["num_tokens"] == truth["num_tokens"] == 3
+    assert distance(gradient, gradient_of(module, truth["loss"])) < TOLERANCE
+    filler = module.training_step(rows_of(batch, slice(3, 5)), 0)
+    assert filler["num_tokens"] == 0
+    assert not gradient_of(module, filler["loss"]).any()
+    module.task.evaluate(module.model, rows_of(batch, slice(3, 5)), module.val_metrics)
+    module.task.evaluate(module.model, batch, module.val_metrics)
+    assert math.isfinite(float(module.val_metrics.compute()["loss"]))

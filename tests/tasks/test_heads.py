@@ -100,3 +100,18 @@ def test_where_texts_are_cut_within_answers_every_cut_has_one_gradient_unlike_tr
     assert distance(gradient_of(module, weighted), truth) < TOLERANCE
     own = module.model(**{key: value for key, value in batch.items() if key != "row_ids"}).loss
     assert abs(own.item() - weighted.item()) > 1e-3  # each start weighs a quarter of what the end does
+
+
+@pytest.mark.parametrize("name", ["a number", "numbers", "some classes"])
+def test_values_that_are_nan_are_no_targets(name):
+    case = CASES[name]
+    module, batch = case.module(), batch_of(case.rows(5))
+    batch["labels"][3:] = torch.nan
+    found = module.training_step(batch, 0)
+    truth = module.training_step(part_of(batch, slice(0, 3)), 0)
+    assert found["num_tokens"] == truth["num_tokens"] == batch["labels"][:3].numel()
+    gradient = gradient_of(module, found["loss"])
+    assert distance(gradient, gradient_of(module, truth["loss"])) < TOLERANCE
+    for rows in (slice(3, 5), slice(0, 4), slice(0, 3)):  # no row, some, all
+        module.task.evaluate(module.model, part_of(batch, rows), module.val_metrics)
+    assert all(value.isfinite() for value in module.val_metrics.compute().values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, get_args
@@ -19,6 +19,18 @@ from lightning_llm.datamodules.windows import Int64Array, WindowTable, window_ta
 Windowing = Literal["packed", "wrapped", "windows", "documents"]
 
 EMPTY_ROW = -1  # a row id that stands for padding alone: no token, no target
+
+
+class RowIds(list[int]):
+    """The rows of a batch, as a loader asks for them.
+
+    Attributes:
+        epoch: In which they are drawn, for rows that are not made alike in each.
+    """
+
+    def __init__(self, rows: Iterable[int] = (), epoch: int = 0) -> None:
+        super().__init__(rows)
+        self.epoch = epoch
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class ExampleDataModule(RowDataModule):
     Args:
         data: A ``.jsonl`` (also ``.gz``, ``.zst``), ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file, a folder of
             them, or several; a folder written by ``Dataset.save_to_disk``; the id of a data set on the hub; a
-            `datasets` data set; or a list of mappings.
+            `datasets` data set, or a mapping of splits to them; or a list of mappings.
         tokenizer: A tokenizer, its hub id or local folder, or ``bytes``.
         max_length: Tokens in a row at most.
         validation_data: Like ``data``; None takes a share of the rows of ``data``.
@@ -152,6 +152,10 @@ class ExampleDataModule(RowDataModule):
         """How a batch is made of examples."""
         return PaddedColumns(self._pad_token_id())
 
+    def _make_dataset(self, split: Split, store: ExampleStore, rows: Int64Array) -> ExampleDataset:
+        """The batches of a split's rows."""
+        return ExampleDataset(store, rows, self._collate(), self._empty(), self._table(store, rows))
+
     def _table(self, store: ExampleStore, rows: Int64Array) -> ExampleTable:
         """Lengths and targets of the rows."""
         columns = [name for name in store.values if name.endswith("input_ids")]
@@ -170,7 +174,7 @@ class ExampleDataModule(RowDataModule):
         """Map the examples into memory and choose the rows of each split."""
         super().setup(stage)
         for split in STAGE_SPLITS.get(stage, ("train", "validation", "test")):
-            if split == "train" or self._has_validation or self._data["test"] is not None:
+            if split == "train" or self._has_validation or (split == "test" and (stage or self._has_test)):
                 self._dataset(split)
         if stage == "fit":
             rank_zero_info(self.summary())
@@ -212,6 +216,10 @@ class ExampleDataModule(RowDataModule):
     def _has_validation(self) -> bool:
         return self._data["validation"] is not None or self.validation_fraction > 0
 
+    @property
+    def _has_test(self) -> bool:
+        return self._data["test"] is not None
+
     def _source(self, split: Split) -> Split:
         """The split that has data of its own, from which another's are taken."""
         if split == "test" and self._data["test"] is None:
@@ -250,6 +258,11 @@ class ExampleDataModule(RowDataModule):
 
     def _dataset(self, split: Split) -> ExampleDataset:
         if split not in self._datasets:
+            if split == "test" and not (self._has_test or self._has_validation):
+                raise ValueError(
+                    "There are no test rows: all are trained on. Pass test_data=..., or hold some out with "
+                    "validation_fraction or validation_data."
+                )
             store = self._store(split)
             rows = np.arange(len(store))
             if self._source(split) == "train" and self._data["validation"] is None and self.validation_fraction:
@@ -262,9 +275,7 @@ class ExampleDataModule(RowDataModule):
                     f"validation_data=..., or validation_fraction=0 to train without validation."
                 )
             self._check_rows(split, store, rows)
-            self._datasets[split] = ExampleDataset(
-                store, rows, self._collate(), self._empty(), self._table(store, rows)
-            )
+            self._datasets[split] = self._make_dataset(split, store, rows)
         return self._datasets[split]
 
     def _encoding_identity(self) -> str:

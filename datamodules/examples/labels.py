@@ -80,7 +80,7 @@ class RowLabels:
         column = self.columns[0]
         names = records.class_names(column)
         if names is not None:
-            self.classes = ClassNames(names, column)
+            self.classes = ClassNames(names, column, stores_numbers=True)
             return
         found = ((records[index].get(column), records.row_name(index)) for index in range(len(records)))
         if self.problem_type == "multi_label_classification":

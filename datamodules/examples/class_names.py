@@ -91,6 +91,9 @@ class ClassNames:
     def __len__(self) -> int:
         return len(self.names)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._numbers
+
     def number(self, label: Any, row: str) -> int:
         """The number of a label.
 

@@ -41,7 +41,7 @@ def files(tmp_path):
         "csv of another system": write(tmp_path / "returns.csv", csv_of().replace('\n"', '\r\n"')),
         "tsv": write(tmp_path / "rows.tsv", csv_of("\t")),
         "parquet": tmp_path / "rows.parquet",
-    }  # fmt: skip
+    }
 
 
 def all_of(records):
@@ -120,7 +120,12 @@ def test_names_of_classes_come_with_a_data_set():
         ("a.jsonl", '{"a": 1}\n[1]\n', RecordError, "line 2 is not a JSON object with columns, but a list"),
         ("a.jsonl", "\n\n", ValueError, "a.jsonl has no row; expected one at least"),
         ("a.jsonl", "", ValueError, "a.jsonl is empty"),
-        ("a.json", '[{"a": 1}, 2]', RecordError, "a.json, row 1 should be a mapping of columns to values, but is a int"),
+        (
+            "a.json",
+            '[{"a": 1}, 2]',
+            RecordError,
+            "a.json, row 1 should be a mapping of columns to values, but is a int",
+        ),
         ("a.json", '[{"a": 1}, ', ValueError, "a.json cannot be read"),
         ("a.csv", "a,b\n1,2\n3\n", ValueError, "a.csv cannot be read: .*Row #3: Expected 2 columns, got 1"),
         ("a.csv", "a,b\n1,2\n3,4,5\n", ValueError, "Row #3: Expected 2 columns, got 3"),
@@ -131,7 +136,7 @@ def test_names_of_classes_come_with_a_data_set():
         ("a.jsonl.gz", gzip.compress(LINES.encode())[:-9], ValueError, "a.jsonl.gz cannot be read"),
         ("a.xlsx", "a", ValueError, r"Cannot tell what .*a.xlsx holds from its name. Expected .csv, .json"),
     ],
-)  # fmt: skip
+)
 def test_damaged_files_are_named(tmp_path, name, content, error, message):
     with pytest.raises(error, match=message):
         all_of(open_records(write(tmp_path / name, content)))
@@ -145,11 +150,15 @@ def test_damaged_files_are_named(tmp_path, name, content, error, message):
         ("missing.csv", FileNotFoundError, "no file or folder at missing.csv"),
         ([{"a": 1}, "b"], RecordError, "the data, row 1 should be a mapping"),
         ({"train": ROWS}, ValueError, r"no split 'dev'; its splits are \['train'\]"),
-        (datasets.Dataset.from_list(ROWS).to_iterable_dataset(), TypeError, "Load a streamed data set without streaming"),
+        (
+            datasets.Dataset.from_list(ROWS).to_iterable_dataset(),
+            TypeError,
+            "Load a streamed data set without streaming",
+        ),
         ((row for row in ROWS), TypeError, "but got a generator"),
         (datasets.Dataset.from_list([]), ValueError, "the data set has no row"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_data_is_refused(data, error, message):
     with pytest.raises(error, match=message):
         open_records(data, split="dev")

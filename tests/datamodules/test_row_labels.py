@@ -83,19 +83,31 @@ def test_regression_reads_numbers_and_lists_of_them():
         ([0, -1], {}, "row 1: column 'label' should hold a class from 0 on, but holds -1"),
         (["a", 1], {}, "row 1: column 'label' holds 1, which is a number, unlike the label of the data, row 0"),
         ([1, "a"], {}, "row 1: column 'label' holds 'a', which is a name, unlike the label of the data, row 0"),
-        (["a", "c"], {"names": ["a", "b"]}, r"row 1: column 'label' holds 'c', which is none of the 2 classes \(a, b\)"),
+        (
+            ["a", "c"],
+            {"names": ["a", "b"]},
+            r"row 1: column 'label' holds 'c', which is none of the 2 classes \(a, b\)",
+        ),
         ([2], {"names": ["a", "b"]}, "row 0: column 'label' holds 2, which is none of the 2 classes"),
         (["²"], {"names": ["a", "b"]}, "row 0: column 'label' holds '²', which is none"),
-        ([["a"], 3], {"problem_type": SEVERAL}, "row 1: .* should hold the classes of the row, a list or a text with ','"),
+        (
+            [["a"], 3],
+            {"problem_type": SEVERAL},
+            "row 1: .* should hold the classes of the row, a list or a text with ','",
+        ),
         ([["a"], ["b", "x"]], {"problem_type": SEVERAL, "names": ["a", "b"]}, "row 1: .* holds 'x'"),
         ([1, "many"], {"problem_type": "regression"}, "row 1: column 'label' should hold a number, but holds 'many'"),
         ([1, float("nan")], {"problem_type": "regression"}, "row 1: .* should hold a number, but holds nan"),
         ([[1, 2], [3]], {"problem_type": "regression", "names": ["x", "y"]}, "row 1: expected 2 numbers"),
         ([{"a": 1, "b": 2}], {"problem_type": SEVERAL, "columns": ["a", "b"]}, "row 0: column 'b' should hold 0 or 1"),
-        ([{"a": 1, "b": None}], {"problem_type": SEVERAL, "columns": ["a", "b"]}, "row 0: column 'b' should hold .*holds None"),
+        (
+            [{"a": 1, "b": None}],
+            {"problem_type": SEVERAL, "columns": ["a", "b"]},
+            "row 0: column 'b' should hold .*holds None",
+        ),
         ([{"a": 1, "b": "x"}], {"problem_type": "regression", "columns": ["a", "b"]}, "row 0: column 'b' .* holds 'x'"),
     ],
-)  # fmt: skip
+)
 def test_bad_labels_are_named_with_their_row(values, options, message):
     with pytest.raises(RecordError, match=message):
         labels_of(values, **options)

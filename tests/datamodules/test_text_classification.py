@@ -66,9 +66,15 @@ def test_pairs_and_special_tokens_are_the_tokenizers_own(tmp_path):
     tokenizer = transformers.BertTokenizerFast(str(vocab))
     rows = [{"one": "a b", "two": "c c c", "label": 0}, {"one": "b", "two": "a a a a a a a a a a", "label": 1}]
     data = TextClassificationDataModule(
-        rows, tokenizer, 8, text_column="one", text_pair_column="two", validation_fraction=0, shuffle=False,
+        rows,
+        tokenizer,
+        8,
+        text_column="one",
+        text_pair_column="two",
+        validation_fraction=0,
+        shuffle=False,
         cache_dir=str(tmp_path),
-    )  # fmt: skip
+    )
     with pytest.warns(UserWarning, match="1 of 2 rows of the data are longer than max_length=8, and 6 tokens are left"):
         data.setup("fit")
     batch = data._dataset("train")[[0, 1]]
@@ -224,19 +230,35 @@ def test_a_row_that_fails_leaves_no_cache(make, tmp_path):
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
-        (ROWS, {"text_column": "body"}, r"row 0 has no column 'body'; .* Name the columns with text_column=..., label_c"),
+        (
+            ROWS,
+            {"text_column": "body"},
+            r"row 0 has no column 'body'; .* Name the columns with text_column=..., label_c",
+        ),
         (ROWS, {"label_column": ["a", "b"], "problem_type": "regression"}, "no column 'a' and no column 'b'"),
         ([{"text": 3, "label": "a"}], {}, r"row 0: column 'text' should hold a text, but holds int \('3'\)"),
         ([{"text": " ", "label": "a"}], {}, "row 0: column 'text' should hold a text"),
         ([*ROWS, {"label": "good"}], {}, "row 50: column 'text' should hold a text, but holds nothing"),
-        ([*ROWS, {"text": "x"}], {}, "row 50: column 'label' should hold the name or the number of a class, but holds None"),
+        (
+            [*ROWS, {"text": "x"}],
+            {},
+            "row 50: column 'label' should hold the name or the number of a class, but holds None",
+        ),
         (ROWS, {"labels": ["good", "bad"]}, r"row 2: column 'label' holds 'fair', which is none of the 2 classes"),
         (ROWS, {"labels": ["good", "bad", "fair", "odd"]}, "No training row of the data has the class 'odd'"),
-        ([{"text": "a", "label": 1}, {"text": "b", "label": 2}], {"validation_fraction": 0}, "has the class '0' in its c"),
-        (ROWS, {"validation_data": [{"text": "a", "label": "odd"}]}, "row 0: column 'label' holds 'odd', which is none"),
+        (
+            [{"text": "a", "label": 1}, {"text": "b", "label": 2}],
+            {"validation_fraction": 0},
+            "has the class '0' in its c",
+        ),
+        (
+            ROWS,
+            {"validation_data": [{"text": "a", "label": "odd"}]},
+            "row 0: column 'label' holds 'odd', which is none",
+        ),
         (ROWS[:2], {"validation_fraction": 0.01}, "No row is left for validation: of 2 in the data, none was drawn"),
     ],
-)  # fmt: skip
+)
 def test_bad_rows_are_named(make, rows, options, message):
     with pytest.raises(ValueError, match=message):
         make(rows, **options).setup("fit")
@@ -245,13 +267,16 @@ def test_bad_rows_are_named(make, rows, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batching": "padding_free", "micro_batch_tokens": 64}, "models that TextClassificationDataModule is for would see"),
+        (
+            {"batching": "padding_free", "micro_batch_tokens": 64},
+            "models that TextClassificationDataModule is for would see",
+        ),
         ({"batching": "padded"}, "needs `micro_batch_tokens`"),
         ({"max_length": 0}, "`max_length` must be a whole number, 2 or more"),
         ({"validation_fraction": 1.5}, "`validation_fraction` lies in 0..1"),
         ({"problem_type": "ranking"}, "`problem_type` must be one of"),
     ],
-)  # fmt: skip
+)
 def test_settings_that_do_not_fit_are_refused(make, options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
@@ -267,11 +292,14 @@ def test_an_empty_class_is_allowed_where_it_is_meant(make):
     ("rows", "options"),
     [
         (ROWS, {}),
-        ([{**row, "label": ["good", "long"][: 1 + row["n"] % 2]} for row in ROWS], {"problem_type": "multi_label_classification"}),
+        (
+            [{**row, "label": ["good", "long"][: 1 + row["n"] % 2]} for row in ROWS],
+            {"problem_type": "multi_label_classification"},
+        ),
         ([{**row, "label": row["n"] / 50} for row in ROWS], {"problem_type": "regression"}),
     ],
     ids=["one class", "several", "number"],
-)  # fmt: skip
+)
 def test_a_model_trains_on_them_and_validates(make, quiet_trainer, rows, options):
     data = make(rows, **options)
     trainer = quiet_trainer(max_steps=20, val_check_interval=10, check_val_every_n_epoch=None)

@@ -27,7 +27,7 @@ PURE = [
     *(f"datamodules/batches/{name}.py" for name in ("plan", "budget", "budget_plan", "global_batch_plan", "settings")),
     *(f"datamodules/examples/{name}.py" for name in ("records", "class_names", "labels", "store", "dataset", "texts")),
     "datamodules/examples/token_labels.py",
-    *(f"datamodules/questions/{name}.py" for name in ("question_windows", "question_answering", "answers")),
+    *(f"datamodules/questions/{name}.py" for name in ("question_windows", "question_answering", "answers", "scores")),
 ]
 MODULES = sorted(
     info.name

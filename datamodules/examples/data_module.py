@@ -248,6 +248,8 @@ class ExampleDataModule(RowDataModule):
                     cut = int(example.get("_num_cut", 0))
                     num_cut, num_rows_cut = num_cut + cut, num_rows_cut + (cut > 0)
                     yield {**{k: v for k, v in example.items() if k != "_num_cut"}, "_record": number}
+        if not num_rows:
+            raise ValueError(f"No row of {records.name} can be used; {len(records)} were read.")
         if num_cut:
             rank_zero_warn(
                 f"{num_rows_cut:,} of {num_rows:,} rows of {records.name} are longer than max_length="

@@ -1,6 +1,7 @@
 """Data modules for long texts and for examples of every task: pure index mathematics, and one class per file."""
 
 from lightning_llm.datamodules.examples.question_answering import QuestionAnsweringDataModule
+from lightning_llm.datamodules.examples.seq2seq import Seq2SeqDataModule
 from lightning_llm.datamodules.examples.text_classification import TextClassificationDataModule
 from lightning_llm.datamodules.examples.token_classification import TokenClassificationDataModule
 from lightning_llm.datamodules.streaming_text import StreamingTextDataModule
@@ -8,6 +9,7 @@ from lightning_llm.datamodules.text import TextDataModule
 
 __all__ = [
     "QuestionAnsweringDataModule",
+    "Seq2SeqDataModule",
     "StreamingTextDataModule",
     "TextClassificationDataModule",
     "TextDataModule",

@@ -213,6 +213,11 @@ class ExampleDataModule(RowDataModule):
     # ---- details -------------------------------------------------------------------------------------------------
 
     @property
+    def _limits(self) -> str:
+        """What rows are cut to, for messages."""
+        return f"max_length={self.max_length}"
+
+    @property
     def _has_validation(self) -> bool:
         return self._data["validation"] is not None or self.validation_fraction > 0
 
@@ -252,11 +257,9 @@ class ExampleDataModule(RowDataModule):
             raise ValueError(f"No row of {records.name} can be used; {len(records)} were read.")
         if num_cut:
             rank_zero_warn(
-                f"{num_rows_cut:,} of {num_rows:,} rows of {records.name} are longer than max_length="
-                f"{self.max_length}, and {num_cut:,} tokens are left out. {self._instead_of_cutting}"
+                f"{num_rows_cut:,} of {num_rows:,} rows of {records.name} are longer than {self._limits}, and "
+                f"{num_cut:,} tokens are left out. Raise that, where the model allows it."
             )
-
-    _instead_of_cutting = "Raise `max_length`, where the model allows it."
 
     def _dataset(self, split: Split) -> ExampleDataset:
         if split not in self._datasets:

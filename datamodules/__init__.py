@@ -4,10 +4,12 @@ from lightning_llm.datamodules.examples.question_answering import QuestionAnswer
 from lightning_llm.datamodules.examples.seq2seq import Seq2SeqDataModule
 from lightning_llm.datamodules.examples.text_classification import TextClassificationDataModule
 from lightning_llm.datamodules.examples.token_classification import TokenClassificationDataModule
+from lightning_llm.datamodules.masked_text import MaskedTextDataModule
 from lightning_llm.datamodules.streaming_text import StreamingTextDataModule
 from lightning_llm.datamodules.text import TextDataModule
 
 __all__ = [
+    "MaskedTextDataModule",
     "QuestionAnsweringDataModule",
     "Seq2SeqDataModule",
     "StreamingTextDataModule",

@@ -26,7 +26,7 @@ PURE = [
     *(f"datamodules/{name}.py" for name in ("mixture", "document_windows", "rows", "shorter_rows")),
     *(f"datamodules/batches/{name}.py" for name in ("plan", "budget", "budget_plan", "global_batch_plan", "settings")),
     *(f"datamodules/examples/{name}.py" for name in ("records", "class_names", "labels", "store", "dataset", "texts")),
-    "datamodules/examples/token_labels.py",
+    *("datamodules/examples/token_labels.py", "datamodules/masking.py"),
     *(f"datamodules/questions/{name}.py" for name in ("question_windows", "question_answering", "answers", "scores")),
 ]
 MODULES = sorted(

@@ -122,6 +122,7 @@ class ExampleDataModule(RowDataModule):
     # ---- what a subclass says ------------------------------------------------------------------------------------
 
     _packs = False  # whether rows may lie end to end
+    _unit = "tokens"  # of a row's length
 
     @abstractmethod
     def _columns(self) -> Mapping[str, str]:
@@ -141,6 +142,10 @@ class ExampleDataModule(RowDataModule):
     def _encoding(self) -> Mapping[str, Any]:
         """Whatever else decides what :meth:`_encode` makes, by name; simple values."""
         return {}
+
+    def _open(self, split: Split) -> Records:
+        """The records of a split that has data of its own."""
+        return open_records(self._data[split], split=self._names[split], dataset_config=self._dataset_config)
 
     def _learn(self, records: Records) -> None:
         """Look through the training records before any is encoded, for instance for the names of classes."""
@@ -185,7 +190,7 @@ class ExampleDataModule(RowDataModule):
         """The records that a split's rows are of, before the validation share is taken off."""
         split = self._source(split)
         if split not in self._records:
-            records = open_records(self._data[split], split=self._names[split], dataset_config=self._dataset_config)
+            records = self._open(split)
             advice = f"Name the columns with {', '.join(f'{argument}=...' for argument in self._columns())}."
             check_columns(records, self._columns().values(), advice)
             self._records[split] = records
@@ -205,7 +210,8 @@ class ExampleDataModule(RowDataModule):
             text = f"{split:<10} {len(dataset):,} rows"
             if lengths.any():
                 text += (
-                    f", {int(lengths.sum()):,} tokens, {int(np.median(lengths))} in the middle, {lengths.max()} at most"
+                    f", {int(lengths.sum()):,} {self._unit}, {int(np.median(lengths))} in the middle, "
+                    f"{lengths.max()} at most"
                 )
             lines.append(text)
         return "\n".join(lines)
@@ -258,7 +264,7 @@ class ExampleDataModule(RowDataModule):
         if num_cut:
             rank_zero_warn(
                 f"{num_rows_cut:,} of {num_rows:,} rows of {records.name} are longer than {self._limits}, and "
-                f"{num_cut:,} tokens are left out. Raise that, where the model allows it."
+                f"{num_cut:,} {self._unit} are left out. Raise that, where the model allows it."
             )
 
     def _dataset(self, split: Split) -> ExampleDataset:

@@ -41,6 +41,7 @@ class Records(ABC):
     """Rows, each a mapping of columns to values."""
 
     name: str
+    folder: Path | None = None  # that paths in the rows start from
 
     @abstractmethod
     def __len__(self) -> int:
@@ -66,6 +67,10 @@ class Records(ABC):
     def class_names(self, column: str) -> list[str] | None:
         """Names of a column's classes, where the data set itself says them (``datasets.ClassLabel``)."""
         return None
+
+    def folder_of(self, index: int) -> Path | None:
+        """The folder that a path in a row starts from; None: where the process runs."""
+        return self.folder
 
 
 class JsonLines(Records):
@@ -238,6 +243,11 @@ class JoinedRecords(Records):
         part, inside = self._find(index)
         return part.row_name(inside)
 
+    def folder_of(self, index: int) -> Path | None:
+        """That of the file."""
+        part, inside = self._find(index)
+        return part.folder_of(inside)
+
     def identity(self) -> str:
         """Those of the files."""
         return fingerprint(part.identity() for part in self.parts)
@@ -285,6 +295,8 @@ def open_records(data: Any, *, split: str = "train", dataset_config: str | None 
         raise ValueError(f"There is no data: expected files ({_kinds()}), a data set or rows, but got {data!r}.")
     files = [file for entry in data for file in record_files(Path(entry).expanduser())]
     parts = [_open_file(file) for file in files]
+    for part, file in zip(parts, files, strict=True):
+        part.folder = file.parent
     return _not_empty(parts[0] if len(parts) == 1 else JoinedRecords(parts, f"{data[0]}"))
 
 

@@ -1,5 +1,6 @@
 """Data modules for long texts and for examples of every task: pure index mathematics, and one class per file."""
 
+from lightning_llm.datamodules.examples.audio_classification import AudioClassificationDataModule
 from lightning_llm.datamodules.examples.image_classification import ImageClassificationDataModule
 from lightning_llm.datamodules.examples.question_answering import QuestionAnsweringDataModule
 from lightning_llm.datamodules.examples.seq2seq import Seq2SeqDataModule
@@ -10,6 +11,7 @@ from lightning_llm.datamodules.streaming_text import StreamingTextDataModule
 from lightning_llm.datamodules.text import TextDataModule
 
 __all__ = [
+    "AudioClassificationDataModule",
     "ImageClassificationDataModule",
     "MaskedTextDataModule",
     "QuestionAnsweringDataModule",

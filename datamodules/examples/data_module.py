@@ -208,7 +208,7 @@ class ExampleDataModule(RowDataModule):
         for split, dataset in self._datasets.items():
             lengths = dataset.table.row_lengths
             text = f"{split:<10} {len(dataset):,} rows"
-            if lengths.any():
+            if lengths.max(initial=0) > 1:
                 text += (
                     f", {int(lengths.sum()):,} {self._unit}, {int(np.median(lengths))} in the middle, "
                     f"{lengths.max()} at most"

@@ -16,9 +16,9 @@ from lightning_llm.datamodules.examples.dataset import (
     LoadedDataset,
     PaddedColumns,
 )
-from lightning_llm.datamodules.examples.images import IMAGE_SUFFIXES, Augmentation, ImageLoader
+from lightning_llm.datamodules.examples.images import IMAGE_SUFFIXES, Augmentation, ImageLoader, check_image
 from lightning_llm.datamodules.examples.labels import ProblemType, RowLabels
-from lightning_llm.datamodules.examples.media_files import open_media
+from lightning_llm.datamodules.examples.media_files import check_package, open_media
 from lightning_llm.datamodules.examples.records import Record, Records
 from lightning_llm.datamodules.examples.store import Example, ExampleStore
 from lightning_llm.datamodules.row_data_module import Split
@@ -79,6 +79,7 @@ class ImageClassificationDataModule(ExampleDataModule):
             raise ValueError("The image processor knows size, mean and deviation: leave out image_size and the others.")
         if not 0 < random_crop <= 1:
             raise ValueError(f"`random_crop` is a share of the image's area, above 0 and 1 at most, not {random_crop}.")
+        check_package("PIL", "images", "Images")
         super().__init__(data, None, **options)
         self.image_column = image_column
         self.problem_type: ProblemType = problem_type
@@ -126,7 +127,11 @@ class ImageClassificationDataModule(ExampleDataModule):
         self._labels.learn(records)
 
     def _encode(self, records: Sequence[Record], names: Sequence[str]) -> list[list[Example]]:
-        return [[{"labels": self._labels.encode(record, row)}] for record, row in zip(records, names, strict=True)]
+        examples: list[list[Example]] = []
+        for record, row in zip(records, names, strict=True):
+            check_image(record.get(self.image_column), row, self.image_column)
+            examples.append([{"labels": self._labels.encode(record, row)}])
+        return examples
 
     def _empty(self) -> Example:
         return {"labels": self._labels.empty()}

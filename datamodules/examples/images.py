@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,12 +16,11 @@ from lightning_llm.datamodules.rows import EMPTY_ROW
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
 
 
-def open_image(value: Any, folder: Path | None, row: str, column: str) -> Any:
+def open_image(value: Any, row: str, column: str) -> Any:
     """An image as PIL's, turned as its EXIF says, in RGB; a transparent one loses its transparency.
 
     Args:
         value: A path, bytes, a mapping with either, a PIL image, or a uint8 array (height, width[, channels]).
-        folder: That relative paths start from.
         row: Its name.
         column: Of the value.
 
@@ -38,7 +36,7 @@ def open_image(value: Any, folder: Path | None, row: str, column: str) -> Any:
         elif isinstance(value, np.ndarray) and value.dtype == np.uint8:
             image = Image.fromarray(value)
         else:
-            file, name = open_binary(value, folder, row, column)
+            file, name = open_binary(value, row, column)
             with file:
                 image = Image.open(file)
                 image.load()
@@ -56,6 +54,18 @@ def open_image(value: Any, folder: Path | None, row: str, column: str) -> Any:
             f"would be cut off at white. Scale it to 8 bits first."
         )
     return image.convert("RGB")
+
+
+def check_image(value: Any, row: str, column: str) -> None:
+    """Refuse what is no image or no file, without a look into it.
+
+    Raises:
+        RecordError: If it is none.
+    """
+    from PIL import Image
+
+    if not isinstance(value, (Image.Image, np.ndarray)):
+        open_binary(value, row, column)[0].close()
 
 
 @dataclass(frozen=True)
@@ -110,10 +120,10 @@ class ImageLoader:
     def __call__(self, record: int, row: int, epoch: int) -> Mapping[str, Any]:
         """``pixel_values`` (channels, height, width) float32; of a black image for the empty row."""
         if record == EMPTY_ROW:
-            image = open_image(np.zeros((32, 32, 3), np.uint8), None, "the empty row", self.column)
+            image = open_image(np.zeros((32, 32, 3), np.uint8), "the empty row", self.column)
         else:
             name = self.records.row_name(record)
-            image = open_image(self.records[record].get(self.column), self.records.folder_of(record), name, self.column)
+            image = open_image(self.records[record].get(self.column), name, self.column)
             if self.augmentation is not None:
                 image = self.augmentation(image, row, epoch)
         pixels = self.processor(image, return_tensors="np")["pixel_values"][0]

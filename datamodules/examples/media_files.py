@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -9,6 +10,16 @@ from typing import IO, Any
 
 from lightning_llm.datamodules.cache import fingerprint
 from lightning_llm.datamodules.examples.records import DatasetRecords, Record, RecordError, Records, open_records
+
+
+def check_package(package: str, extra: str, what: str) -> None:
+    """Refuse to begin without a package that is not installed with this one.
+
+    Raises:
+        ImportError: Saying how to install it.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise ImportError(f"{what} need a further package: pip install 'lightning-llm[{extra}]'.")
 
 
 class ClassFolders(Records):
@@ -22,7 +33,6 @@ class ClassFolders(Records):
 
     def __init__(self, root: Path, suffixes: Collection[str], columns: tuple[str, str]) -> None:
         self.name = str(root)
-        self.folder = root
         self._columns = columns
         self._classes = sorted(folder.name for folder in root.iterdir() if folder.is_dir())
         self._files = [
@@ -53,6 +63,53 @@ class ClassFolders(Records):
         return self._classes if column == self._columns[1] else None
 
 
+class WholePaths(Records):
+    """Rows whose paths start from the folder of their file, written out whole.
+
+    Args:
+        records: The rows.
+        column: Of the paths.
+    """
+
+    def __init__(self, records: Records, column: str) -> None:
+        self.records = records
+        self.name = records.name
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Record:
+        record = self.records[index]
+        folder, value = self.records.folder_of(index), record.get(self._column)
+        if folder is None:
+            return record
+        if isinstance(value, Mapping) and value.get("bytes") is None and value.get("path"):
+            value = value["path"]
+        if isinstance(value, str) and value.strip():
+            path = Path(value).expanduser()
+            is_whole = path.exists() and not (folder / path).exists()
+            record[self._column] = str(path if is_whole else folder / path)
+        return record
+
+    @property
+    def columns(self) -> list[str]:
+        """As they are."""
+        return self.records.columns
+
+    def class_names(self, column: str) -> list[str] | None:
+        """As they are."""
+        return self.records.class_names(column)
+
+    def row_name(self, index: int) -> str:
+        """As it is."""
+        return self.records.row_name(index)
+
+    def identity(self) -> str:
+        """As it is."""
+        return self.records.identity()
+
+
 def open_media(
     data: Any,
     suffixes: Collection[str],
@@ -80,15 +137,14 @@ def open_media(
         feature = records.dataset.features.get(columns[0])
         if hasattr(feature, "decode"):  # every look at a label would decode its image or sound
             records.dataset = records.dataset.cast_column(columns[0], type(feature)(decode=False))
-    return records
+    return WholePaths(records, columns[0])
 
 
-def open_binary(value: Any, folder: Path | None, row: str, column: str) -> tuple[IO[bytes], str]:
+def open_binary(value: Any, row: str, column: str) -> tuple[IO[bytes], str]:
     """Open the file that a row names or holds.
 
     Args:
         value: A path, bytes, or a mapping with ``bytes`` or ``path``.
-        folder: That relative paths start from.
         row: Its name.
         column: Of the value.
 
@@ -106,12 +162,10 @@ def open_binary(value: Any, folder: Path | None, row: str, column: str) -> tuple
         shown = "nothing" if value is None or value == "" else type(value).__name__
         raise RecordError(f"{row}: column {column!r} should hold a path or a file's bytes, but holds {shown}.")
     path = Path(value).expanduser()
-    beside = path if folder is None else folder / path
-    path = beside if beside.exists() else path
     try:
         return path.open("rb"), str(path)
     except OSError as error:
         raise RecordError(
-            f"{row}: the file {beside} of column {column!r} cannot be opened ({error.strerror}). Mend the path, or "
+            f"{row}: the file {path} of column {column!r} cannot be opened ({error.strerror}). Mend the path, or "
             f"leave the row out."
         ) from error

@@ -125,7 +125,7 @@ def test_every_mode_becomes_three_colours(mode):
     image = Image.new("RGB", (4, 4), (255, 255, 255)).convert(mode)
     file = io.BytesIO()
     image.save(file, "TIFF")
-    found = open_image(file.getvalue(), None, "row 0", "image")
+    found = open_image(file.getvalue(), "row 0", "image")
     assert found.mode == "RGB"
     assert np.array(found).min() == 255
 
@@ -137,7 +137,7 @@ def test_an_image_is_turned_as_its_camera_says():
     exif[274] = 6  # turn by 90 degrees, clockwise
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG", exif=exif)
-    found = np.array(open_image(file.getvalue(), None, "row 0", "image"))
+    found = np.array(open_image(file.getvalue(), "row 0", "image"))
     assert found.shape == (6, 4, 3)
     assert (found[:, -1] == 255).all()
     assert (found[:, 0] == 0).all()
@@ -146,7 +146,7 @@ def test_an_image_is_turned_as_its_camera_says():
 def test_deep_images_are_refused():
     image = Image.fromarray(np.full((4, 4), 40_000, np.uint16))
     with pytest.raises(RecordError, match="row 3: the image of the row in column 'image' has more than 8 bits a pixel"):
-        open_image(image, None, "row 3", "image")
+        open_image(image, "row 3", "image")
 
 
 def test_an_image_that_does_not_open_is_named_with_its_row(make, folder):
@@ -177,8 +177,8 @@ def test_an_image_that_does_not_open_is_named_with_its_row(make, folder):
 )
 def test_bad_images_are_named(make, value, message):
     data = make([{"image": value, "label": "red"}, {"image": value, "label": "blue"}])
-    data.setup("fit")
     with pytest.raises(RecordError, match=message):
+        data.setup("fit")
         data._dataset("train")[[0]]
 
 
@@ -187,10 +187,13 @@ def test_bad_labels_columns_and_empty_classes_are_named(make, folder):
     with pytest.raises(ValueError, match="No training row of .*images has the class 'green' in its column 'label'"):
         make().setup("fit")
     rows = rows_of(folder)
-    with pytest.raises(RecordError, match="the data, row 20: column 'label' should hold the name"):
-        make([*rows, {"image": "x.png", "label": None}]).setup("fit")
+    (folder / "green").rmdir()
+    with pytest.raises(RecordError, match="the data, row 1: column 'label' should hold the name"):
+        make([rows[0], {**rows[0], "label": None}]).setup("fit")
     with pytest.raises(RecordError, match=r"no column 'picture'; .* image_column=..., label_column=..."):
         make(rows, image_column="picture").setup("fit")
+    with pytest.raises(RecordError, match="the data, row 0: the file blue/00.png of column 'image' cannot be opened"):
+        make(rows).setup("fit")  # rows in memory have no folder
 
 
 @pytest.mark.parametrize(
@@ -288,3 +291,9 @@ def test_a_ragged_cut_of_the_global_batch_does_not_change_the_gradient(make, tmp
     whole = gradients(1)
     assert largest_difference(gradients(3), whole) < 1e-12
     assert largest_difference(gradients(1, seed=1), whole) > 1e-3
+
+
+def test_a_missing_package_is_named_with_its_extra(make, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"Images need a further package: pip install 'lightning-llm\[images\]'"):
+        make()

@@ -56,7 +56,7 @@ def load_saved_dataset(path: Path, split: str) -> Any:
     """A split of what ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk`` wrote."""
     import datasets
 
-    return _choose_split(datasets.load_from_disk(str(path)), str(path), split)
+    return choose_split(datasets.load_from_disk(str(path)), str(path), split)
 
 
 def load_hub_dataset(name: str, config: str | None, split: str) -> Any:
@@ -75,10 +75,15 @@ def load_hub_dataset(name: str, config: str | None, split: str) -> Any:
             f"{name!r} is neither a file or folder here nor a data set that the hub gives ({error}). Check the "
             f"spelling, the path, and the connection."
         ) from error
-    return _choose_split(found, name, split)
+    return choose_split(found, name, split)
 
 
-def _choose_split(found: Any, name: str, split: str) -> Any:
+def choose_split(found: Any, name: str, split: str) -> Any:
+    """A split of a mapping of splits; what is no such mapping is a split itself.
+
+    Raises:
+        ValueError: If there is no such split.
+    """
     if not isinstance(found, Mapping):
         return found
     if split not in found:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_llm.datamodules.batches.budget_plan import BudgetPlan
 from lightning_llm.datamodules.batches.global_batch_plan import GlobalBatchPlan
 from lightning_llm.datamodules.batches.plan import BatchPlan, Cursor, Layout, RowPlan
-from lightning_llm.datamodules.rows import EMPTY_ROW
+from lightning_llm.datamodules.rows import EMPTY_ROW, RowIds
 from lightning_llm.datamodules.trainer_position import (
     align_batches,
     announce_length,
@@ -44,7 +44,10 @@ class Table(Protocol):
 
 
 class Rows(Protocol):
-    """Rows by their numbers: ``rows[[3, 17]]`` is the batch of rows 3 and 17; -1 stands for an empty row."""
+    """Rows by their numbers: ``rows[[3, 17]]`` is the batch of rows 3 and 17; -1 stands for an empty row.
+
+    The loader asks with a :class:`~lightning_llm.datamodules.rows.RowIds`, which also knows the epoch.
+    """
 
     @property
     def table(self) -> Table:
@@ -366,7 +369,7 @@ class _Dispatch(torch.utils.data.Sampler[list[int]]):
         planned = self.planned
         for number, (rows, after) in enumerate(self.loader.plan.batches(self._cursor, self.loader._layout)):
             planned[number] = after
-            yield rows.tolist() or [EMPTY_ROW]
+            yield RowIds(rows.tolist() or [EMPTY_ROW], self._cursor.epoch)
 
 
 def check_identity(state_dict: dict[str, Any], present: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_llm.datamodules.collate import Segment, collate_rows
+from lightning_llm.datamodules.collate import Segment
 from lightning_llm.datamodules.mixture import MixtureOrder, temperature_weights
 from lightning_llm.datamodules.order import shuffled
 from lightning_llm.datamodules.rows import EMPTY_ROW, RowDataset
@@ -134,12 +134,4 @@ class MixedRowDataset(torch.utils.data.Dataset[dict[str, Any]]):
             found = self.datasets[number].row_segments(local[mine].tolist())
             for index, row in zip(mine.tolist(), found, strict=True):
                 rows[index] = row
-        first = self.datasets[0]
-        return collate_rows(
-            rows,
-            pad_token_id=first.pad_token_id,
-            layout=first.layout,
-            width=first.width,
-            per_row={"row_ids": ids, "source_ids": self.numbers[source]},
-            counts=first.counts,
-        )
+        return self.datasets[0].collate(rows, row_ids, {"row_ids": ids, "source_ids": self.numbers[source]})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, get_args
@@ -19,6 +19,18 @@ from lightning_llm.datamodules.windows import Int64Array, WindowTable, window_ta
 Windowing = Literal["packed", "wrapped", "windows", "documents"]
 
 EMPTY_ROW = -1  # a row id that stands for padding alone: no token, no target
+
+
+class RowIds(list[int]):
+    """The rows of a batch, as a loader asks for them.
+
+    Attributes:
+        epoch: In which they are drawn, for rows that are not made alike in each.
+    """
+
+    def __init__(self, rows: Iterable[int] = (), epoch: int = 0) -> None:
+        super().__init__(rows)
+        self.epoch = epoch
 
 
 @dataclass(frozen=True)
@@ -249,12 +261,18 @@ class RowDataset(torch.utils.data.Dataset[dict[str, Any]]):
             What :func:`collate_rows` makes of the rows, packed ones of width ``max_length``, with ``row_ids``;
             ``num_bytes`` of text behind the label tokens and ``num_words``, where ``token_bytes`` is given.
         """
+        return self.collate(self.row_segments(row_ids), row_ids, {"row_ids": np.array(row_ids, dtype=np.int64)})
+
+    def collate(
+        self, rows: Sequence[Sequence[Segment]], row_ids: Sequence[int], per_row: Mapping[str, Int64Array]
+    ) -> dict[str, Any]:
+        """Make a batch of rows that were looked up; ``per_row`` is what it says of each."""
         return collate_rows(
-            self.row_segments(row_ids),
+            rows,
             pad_token_id=self.pad_token_id,
             layout=self.layout,
             width=self.width,
-            per_row={"row_ids": np.array(row_ids, dtype=np.int64)},
+            per_row=per_row,
             counts=self.counts,
         )
 

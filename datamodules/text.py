@@ -295,20 +295,21 @@ class TextDataModule(RowDataModule):
 
     def _dataset(self, split: Split) -> RowDataset | MixedRowDataset:
         is_train = split == "train"
-        datasets = {
-            name: RowDataset(
-                rows.store,
-                rows.table,
-                self._pad_token_id(),
-                None if is_train else rows.store.token_bytes,
-                layout=self.batch_settings.layout if is_train else None,
-            )
-            for name, rows in self._split_rows(split).items()
-        }
+        datasets = {name: self._row_dataset(split, rows) for name, rows in self._split_rows(split).items()}
         if len(self.sources) == 1:
             return next(iter(datasets.values()))
         numbers = [self.source_names.index(name) for name in datasets]
         return MixedRowDataset(datasets, numbers, list(self._mixture_weights().values()) if is_train else None)
+
+    def _row_dataset(self, split: Split, rows: SplitRows) -> RowDataset:
+        is_train = split == "train"
+        return RowDataset(
+            rows.store,
+            rows.table,
+            self._pad_token_id(),
+            None if is_train else rows.store.token_bytes,
+            layout=self.batch_settings.layout if is_train else None,
+        )
 
     def _order(self, dataset: RowDataset | MixedRowDataset) -> RowOrder:
         if isinstance(dataset, MixedRowDataset):

@@ -34,7 +34,7 @@ def part_of(other: Any, name: str, data: Any, argument: str) -> Any:
     return other.get(name)
 
 
-_LEAST = {"max_length": 2, "num_workers": 0, "min_length": 0, "seed": 0}  # a token and its prediction
+_LEAST = {"max_length": 2, "num_workers": 0, "min_length": 0, "seed": 0, "doc_stride": 0}  # a token and its prediction
 
 
 def check_numbers(**numbers: int | None) -> None:

@@ -98,11 +98,17 @@ class TextSource:
                 yield document.text
 
     def store(
-        self, split: Split, cache_dir: Path, tokenizer: PreTrainedTokenizerBase, *, append_eos: bool
+        self,
+        split: Split,
+        cache_dir: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        append_eos: bool,
+        special_tokens: bool = True,
     ) -> TokenStore:
         """Open a split's token cache; write it first where it is missing."""
         source = self.open(split)
-        encode = encoder(tokenizer, append_eos=append_eos)
+        encode = encoder(tokenizer, append_eos=append_eos, special_tokens=special_tokens)
         name = fingerprint([str(FORMAT_VERSION), source.fingerprint(), encode.fingerprint()])
         folder = build_once(
             cache_dir / f"tokens-{name}",

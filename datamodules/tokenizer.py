@@ -71,20 +71,22 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
     return _wrap(tokenizer)
 
 
-def encoder(tokenizer: PreTrainedTokenizerBase, *, append_eos: bool) -> _Encoder:
-    """Make the function that turns texts into token ids, with the tokenizer's own special tokens.
+def encoder(tokenizer: PreTrainedTokenizerBase, *, append_eos: bool, special_tokens: bool = True) -> _Encoder:
+    """Make the function that turns texts into token ids.
 
     Args:
         tokenizer: A truncation length or padding that it carries is ignored: no token is lost here.
         append_eos: End each document with the end-of-text token, if the tokenizer has one and did not add it.
+        special_tokens: Add the tokenizer's own special tokens.
     """
-    return _Encoder(tokenizer, append_eos)
+    return _Encoder(tokenizer, append_eos, special_tokens)
 
 
 class _Encoder:
     """Encodes batches of texts on all cores (``encode_batch_fast`` keeps no offsets)."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, append_eos: bool) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, append_eos: bool, special_tokens: bool) -> None:
+        self.special_tokens = special_tokens
         self.eos_token_id = tokenizer.eos_token_id if append_eos else None
         self._slow = tokenizer
         self._fast: Tokenizer | None = None
@@ -95,8 +97,10 @@ class _Encoder:
 
     def __call__(self, texts: Sequence[str]) -> list[npt.NDArray[np.int64]]:
         if self._fast is not None:
-            return [self._finish(encoding.ids) for encoding in self._fast.encode_batch_fast(texts)]
-        documents = self._slow(list(texts), padding=False, truncation=False, verbose=False)["input_ids"]
+            encodings = self._fast.encode_batch_fast(texts, add_special_tokens=self.special_tokens)
+            return [self._finish(encoding.ids) for encoding in encodings]
+        options = {"add_special_tokens": self.special_tokens, "padding": False, "truncation": False, "verbose": False}
+        documents = self._slow(list(texts), **options)["input_ids"]
         return [self._finish(ids) for ids in documents]
 
     @property
@@ -116,7 +120,7 @@ class _Encoder:
         else:
             vocabulary: dict[str, Any] = self._slow.get_vocab()
             identity = json.dumps([type(self._slow).__name__, sorted(vocabulary.items(), key=lambda item: item[1])])
-        return fingerprint([identity, str(self.eos_token_id)])
+        return fingerprint([identity, str(self.eos_token_id), *([] if self.special_tokens else ["bare"])])
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> npt.NDArray[np.float64]:

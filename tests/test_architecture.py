@@ -29,7 +29,8 @@ PURE = [
     *(f"datamodules/examples/{name}.py" for name in ("records", "class_names", "labels", "store", "dataset", "texts")),
     *(f"datamodules/examples/{name}.py" for name in ("messages", "chat_templates", "chat_tokens", "rendered_chat")),
     *(f"datamodules/examples/{name}.py" for name in ("conversation_rows", "preference_pairs")),
-    *(f"datamodules/questions/{name}.py" for name in ("question_windows", "question_answering", "answers")),
+    *("datamodules/examples/token_labels.py", "datamodules/masking.py"),
+    *(f"datamodules/questions/{name}.py" for name in ("question_windows", "question_answering", "answers", "scores")),
 ]
 MODULES = sorted(
     info.name

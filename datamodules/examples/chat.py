@@ -176,7 +176,7 @@ class ChatDataModule(ExampleDataModule):
         chat = self._chats.encode(messages, row, tools=tools, train_on=self.train_on, first=first)
         return {"input_ids": chat.input_ids, "labels": chat.labels, "_num_open": chat.num_open}
 
-    def _lay_out(self, split: Split, store: ExampleStore, rows: Int64Array) -> ConversationDataset:
+    def _make_dataset(self, split: Split, store: ExampleStore, rows: Int64Array) -> ConversationDataset:
         source = self.records(split).name
         table = conversation_table(
             *(store.offsets["input_ids"], targets_of(store), rows, self.max_length),

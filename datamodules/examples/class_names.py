@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 from lightning_llm.datamodules.examples.records import RecordError
+
+_MOST_CLASSES = 1_000_000  # that numbers may stand for without names
 
 
 class ClassNames:
@@ -14,6 +17,8 @@ class ClassNames:
     Args:
         names: Of the classes, all different.
         column: For messages.
+        stores_numbers: Whether the data set itself numbers its classes (``datasets.ClassLabel``). Otherwise, where all
+            names are numbers, a label that is a number is meant as a name.
 
     Raises:
         ValueError: If there is none, or two have the same name.
@@ -22,11 +27,14 @@ class ClassNames:
         >>> classes = ClassNames(["bad", "good"], "label")
         >>> classes.number("good", "row 3"), classes.number(0, "row 4")
         (1, 0)
+        >>> ClassNames(["1", "2", "3"], "stars").number(2, "row 0")
+        1
     """
 
-    def __init__(self, names: Sequence[str], column: str) -> None:
+    def __init__(self, names: Sequence[str], column: str, *, stores_numbers: bool = False) -> None:
         self.names = [str(name) for name in names]
         self.column = column
+        self._reads_names = not stores_numbers and all(name.isdecimal() for name in self.names)
         self._numbers = {name: number for number, name in enumerate(self.names)}
         if not names or len(self._numbers) < len(self.names):
             raise ValueError(f"The classes of {column!r} must have names that differ, one at least, but got {names}.")
@@ -51,6 +59,7 @@ class ClassNames:
         names: dict[str, None] = {}
         highest, first_number, first_name = -1, "", ""
         for label, row in labels:
+            label = _whole(label)
             if isinstance(label, str) and label.strip():
                 names[label.strip()] = None
                 first_name = first_name or row
@@ -67,14 +76,23 @@ class ClassNames:
                     f"{row}: column {column!r} holds {label!r}, which is a {kind}, unlike the label of {other}. Use "
                     f"names for all rows, or numbers."
                 )
-        if all(name.isdigit() for name in names) and names:  # numbers of a csv file
+        if all(name.isdecimal() for name in names) and names:  # numbers of a csv file
             highest = max(map(int, names))
+        if highest >= _MOST_CLASSES:
+            raise ValueError(
+                f"Column {column!r} holds the number {highest}. Classes are numbered from 0 on, so that would make "
+                f"{highest + 1:,} of them. Is it another column that holds the classes? Otherwise name them in "
+                f"`labels`, or pass problem_type='regression' for numbers to be predicted as such."
+            )
         if highest >= 0:
             return cls([str(number) for number in range(highest + 1)], column)
         return cls(sorted(names), column)
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._numbers
 
     def number(self, label: Any, row: str) -> int:
         """The number of a label.
@@ -86,19 +104,26 @@ class ClassNames:
         Raises:
             RecordError: If it is no class.
         """
-        if isinstance(label, str) and label.strip() in self._numbers:
-            return self._numbers[label.strip()]
-        if isinstance(label, int) and 0 <= int(label) < len(self.names):
-            return int(label)
-        if isinstance(label, str) and label.strip().isdigit() and int(label) < len(self.names):
-            return int(label)
-        if not isinstance(label, (str, int)) or label == "":
+        label = _whole(label)
+        if not isinstance(label, (str, int)) or (isinstance(label, str) and not label.strip()):
             raise _no_label(label, row, self.column)
+        name = str(label if isinstance(label, str) else int(label)).strip()
+        if name in self._numbers and (isinstance(label, str) or self._reads_names):
+            return self._numbers[name]
+        if name.isdecimal() and int(name) < len(self.names) and not self._reads_names:
+            return int(name)
         shown = ", ".join(self.names[:20]) + (", ..." if len(self.names) > 20 else "")
         raise RecordError(
             f"{row}: column {self.column!r} holds {label!r}, which is none of the {len(self.names)} classes ({shown}). "
             f"Mend the row, or name all classes in `labels`."
         )
+
+
+def _whole(label: Any) -> Any:
+    """NumPy's whole numbers, and those that a table with gaps made floats of, as plain ones."""
+    if isinstance(label, Integral) or (isinstance(label, float) and label.is_integer()):
+        return int(label)
+    return label
 
 
 def check_no_class_is_empty(numbers: Iterable[int], classes: ClassNames, source: str) -> None:
@@ -117,8 +142,8 @@ def check_no_class_is_empty(numbers: Iterable[int], classes: ClassNames, source:
     if empty:
         raise ValueError(
             f"No training row of {source} has the class {', '.join(map(repr, empty[:5]))}"
-            f"{', ...' if len(empty) > 5 else ''} in its column {classes.column!r}. Add rows of it, leave it out of "
-            f"`labels`, or pass allow_empty_classes=True where it is meant to be predicted never."
+            f"{', ...' if len(empty) > 5 else ''} in its column {classes.column!r}. Add rows of it, name the classes "
+            f"without it in `labels`, or pass allow_empty_classes=True where it is meant to be predicted never."
         )
 
 

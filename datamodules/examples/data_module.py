@@ -48,7 +48,7 @@ class ExampleDataModule(RowDataModule):
     Args:
         data: A ``.jsonl`` (also ``.gz``, ``.zst``), ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file, a folder of
             them, or several; a folder written by ``Dataset.save_to_disk``; the id of a data set on the hub; a
-            `datasets` data set; or a list of mappings.
+            `datasets` data set, or a mapping of splits to them; or a list of mappings.
         tokenizer: A tokenizer, its hub id or local folder, or ``bytes``.
         max_length: Tokens in a row at most.
         validation_data: Like ``data``; None takes a share of the rows of ``data``.
@@ -135,6 +135,7 @@ class ExampleDataModule(RowDataModule):
     # ---- what a subclass says ------------------------------------------------------------------------------------
 
     _packs = False  # whether rows may lie end to end
+    _unit = "tokens"  # of a row's length
 
     @abstractmethod
     def _columns(self) -> Mapping[str, str]:
@@ -155,19 +156,23 @@ class ExampleDataModule(RowDataModule):
         """Whatever else decides what :meth:`_encode` makes, by name; simple values."""
         return {}
 
+    def _open(self, split: Split) -> Records:
+        """The records of a split that has data of its own."""
+        return open_records(self._data[split], split=self._names[split], dataset_config=self._dataset_config)
+
     def _learn(self, records: Records) -> None:
         """Look through the training records before any is encoded, for instance for the names of classes."""
 
     def _check_rows(self, split: Split, store: ExampleStore, rows: Int64Array) -> None:
         """Look at the rows of a split when they are laid out."""
 
-    def _lay_out(self, split: Split, store: ExampleStore, rows: Int64Array) -> ExampleRows:
-        """The rows of a split, one for each of its examples; for a subclass that lays them out otherwise."""
-        return ExampleDataset(store, rows, self._collate(), self._empty(), self._table(store, rows))
-
     def _collate(self) -> Collate:
         """How a batch is made of examples."""
         return PaddedColumns(self._pad_token_id())
+
+    def _make_dataset(self, split: Split, store: ExampleStore, rows: Int64Array) -> ExampleRows:
+        """The batches of a split's rows, by default a row for each example."""
+        return ExampleDataset(store, rows, self._collate(), self._empty(), self._table(store, rows))
 
     def _table(self, store: ExampleStore, rows: Int64Array) -> ExampleTable:
         """Lengths and targets of the rows."""
@@ -187,7 +192,7 @@ class ExampleDataModule(RowDataModule):
         """Map the examples into memory and choose the rows of each split."""
         super().setup(stage)
         for split in STAGE_SPLITS.get(stage, ("train", "validation", "test")):
-            if split == "train" or self._has_validation or self._data["test"] is not None:
+            if split == "train" or self._has_validation or (split == "test" and (stage or self._has_test)):
                 self._dataset(split)
         if stage == "fit":
             rank_zero_info(self.summary())
@@ -198,7 +203,7 @@ class ExampleDataModule(RowDataModule):
         """The records that a split's rows are of, before the validation share is taken off."""
         split = self._source(split)
         if split not in self._records:
-            records = open_records(self._data[split], split=self._names[split], dataset_config=self._dataset_config)
+            records = self._open(split)
             advice = f"Name the columns with {', '.join(f'{argument}=...' for argument in self._columns())}."
             check_columns(records, self._columns().values(), advice)
             self._records[split] = records
@@ -216,9 +221,10 @@ class ExampleDataModule(RowDataModule):
         for split, dataset in self._datasets.items():
             lengths = dataset.table.row_lengths
             text = f"{split:<10} {len(dataset):,} rows"
-            if lengths.any():
+            if lengths.max(initial=0) > 1:
                 text += (
-                    f", {int(lengths.sum()):,} tokens, {int(np.median(lengths))} in the middle, {lengths.max()} at most"
+                    f", {int(lengths.sum()):,} {self._unit}, {int(np.median(lengths))} in the middle, "
+                    f"{lengths.max()} at most"
                 )
             lines.append(text)
         return "\n".join(lines)
@@ -226,8 +232,17 @@ class ExampleDataModule(RowDataModule):
     # ---- details -------------------------------------------------------------------------------------------------
 
     @property
+    def _limits(self) -> str:
+        """What rows are cut to, for messages."""
+        return f"max_length={self.max_length}"
+
+    @property
     def _has_validation(self) -> bool:
         return self._data["validation"] is not None or self.validation_fraction > 0
+
+    @property
+    def _has_test(self) -> bool:
+        return self._data["test"] is not None
 
     def _source(self, split: Split) -> Split:
         """The split that has data of its own, from which another's are taken."""
@@ -257,16 +272,21 @@ class ExampleDataModule(RowDataModule):
                     cut = int(example.get("_num_cut", 0))
                     num_cut, num_rows_cut = num_cut + cut, num_rows_cut + (cut > 0)
                     yield {**{k: v for k, v in example.items() if k != "_num_cut"}, "_record": number}
+        if not num_rows:
+            raise ValueError(f"No row of {records.name} can be used; {len(records)} were read.")
         if num_cut:
             rank_zero_warn(
-                f"{num_rows_cut:,} of {num_rows:,} rows of {records.name} are longer than max_length="
-                f"{self.max_length}, and {num_cut:,} tokens are left out. {self._instead_of_cutting}"
+                f"{num_rows_cut:,} of {num_rows:,} rows of {records.name} are longer than {self._limits}, and "
+                f"{num_cut:,} {self._unit} are left out. Raise that, where the model allows it."
             )
-
-    _instead_of_cutting = "Raise `max_length`, where the model allows it."
 
     def _dataset(self, split: Split) -> ExampleRows:
         if split not in self._datasets:
+            if split == "test" and not (self._has_test or self._has_validation):
+                raise ValueError(
+                    "There are no test rows: all are trained on. Pass test_data=..., or hold some out with "
+                    "validation_fraction or validation_data."
+                )
             store = self._store(split)
             rows = np.arange(len(store))
             if self._source(split) == "train" and self._data["validation"] is None and self.validation_fraction:
@@ -279,7 +299,7 @@ class ExampleDataModule(RowDataModule):
                     f"validation_data=..., or validation_fraction=0 to train without validation."
                 )
             self._check_rows(split, store, rows)
-            self._datasets[split] = self._lay_out(split, store, rows)
+            self._datasets[split] = self._make_dataset(split, store, rows)
         return self._datasets[split]
 
     def _encoding_identity(self) -> str:

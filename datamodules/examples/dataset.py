@@ -69,7 +69,8 @@ class ExampleDataset(torch.utils.data.Dataset[dict[str, Any]]):
         Returns:
             What ``collate`` makes of their examples, with ``row_ids`` (rows,) int64.
         """
-        examples = [self.empty if row == EMPTY_ROW else self.store[int(self.rows[row])] for row in row_ids]
+        epoch = getattr(row_ids, "epoch", 0)
+        examples = [self.example(int(row), epoch) for row in row_ids]
         visible = [
             {name: value for name, value in example.items() if not name.startswith(HIDDEN)} for example in examples
         ]
@@ -79,10 +80,33 @@ class ExampleDataset(torch.utils.data.Dataset[dict[str, Any]]):
         """The one that a row is."""
         return [int(self.rows[row_id])]
 
+    def example(self, row: int, epoch: int) -> Example:
+        """A row of the split, or the empty one."""
+        return self.empty if row == EMPTY_ROW else self.store[int(self.rows[row])]
+
+
+class LoadedDataset(ExampleDataset):
+    """Batches of examples, a part of which is read from elsewhere when it is asked for.
+
+    Args:
+        *arguments: Of :class:`ExampleDataset`.
+        load: Reads that part, given the number of the record (-1 for the empty row), the row and the epoch. It must be
+            picklable, for worker processes.
+    """
+
+    def __init__(self, *arguments: Any, load: Callable[[int, int, int], Mapping[str, Any]]) -> None:
+        super().__init__(*arguments)
+        self.load = load
+
+    def example(self, row: int, epoch: int) -> Example:
+        """A row of the split with what is read."""
+        record = EMPTY_ROW if row == EMPTY_ROW else int(self.store.values["_record"][self.rows[row]])
+        return {**super().example(row, epoch), **self.load(record, row, epoch)}
+
 
 @dataclass(frozen=True)
 class PaddedColumns:
-    """Make a batch of examples: lists padded on the right to the longest, numbers one after the other.
+    """Make a batch of examples: lists padded on the right to the longest, numbers and images one after the other.
 
     For each column ``input_ids``, also one with a prefix (``chosen_input_ids``), the batch has an ``attention_mask``
     with the same prefix, where the examples have none themselves. ``num_input_tokens`` (rows,) counts the tokens of
@@ -108,8 +132,8 @@ class PaddedColumns:
         num_tokens = np.zeros(len(examples), np.int64)
         for name in examples[0]:
             values = [np.asarray(example[name]) for example in examples]
-            if values[0].ndim == 0:
-                batch[name] = np.stack(values)
+            if values[0].ndim != 1:
+                batch[name] = _stacked(name, values)
                 continue
             lengths = np.array([len(value) for value in values], np.int64)
             batch[name] = _padded(values, int(lengths.max(initial=0)), self._fill(name))
@@ -118,7 +142,8 @@ class PaddedColumns:
                 num_tokens += lengths
                 if mask not in examples[0]:
                     batch[mask] = np.arange(batch[name].shape[1]) < lengths[:, None]
-        batch["num_input_tokens"] = num_tokens
+        if any(name.endswith("input_ids") for name in batch):
+            batch["num_input_tokens"] = num_tokens
         return {name: torch.from_numpy(_batch_type(array)) for name, array in batch.items()}
 
     def _fill(self, name: str) -> int:
@@ -127,6 +152,13 @@ class PaddedColumns:
         if name.endswith("input_ids"):
             return self.pad_token_id
         return IGNORE_INDEX if name.endswith("labels") else 0
+
+
+def _stacked(name: str, values: Sequence[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+    shapes = {value.shape for value in values}
+    if len(shapes) > 1:
+        raise ValueError(f"The rows of a batch should have {name!r} of one shape, but got {sorted(shapes)}.")
+    return np.stack(values)
 
 
 def _padded(values: Sequence[np.ndarray[Any, Any]], width: int, fill: int) -> np.ndarray[Any, Any]:

@@ -80,7 +80,7 @@ class RowLabels:
         column = self.columns[0]
         names = records.class_names(column)
         if names is not None:
-            self.classes = ClassNames(names, column)
+            self.classes = ClassNames(names, column, stores_numbers=True)
             return
         found = ((records[index].get(column), records.row_name(index)) for index in range(len(records)))
         if self.problem_type == "multi_label_classification":
@@ -99,7 +99,8 @@ class RowLabels:
                 values = list(values[0])
             if len(values) != len(self.names):
                 raise RecordError(f"{row}: expected {len(self.names)} numbers ({self.names}), but got {len(values)}.")
-            numbers = np.array([self._number(value, row) for value in values])
+            columns = self.columns if len(self.columns) == len(values) else self.columns * len(values)
+            numbers = np.array([_number(value, row, column) for value, column in zip(values, columns, strict=True)])
             return numbers if len(numbers) > 1 else numbers[0]
         assert self.classes is not None
         if self.problem_type == "single_label_classification":
@@ -107,7 +108,7 @@ class RowLabels:
         has = np.zeros(len(self.classes), np.float64)
         if len(self.columns) > 1:
             for number, value in enumerate(values):
-                has[number] = self._share(value, row, self.columns[number])
+                has[number] = _share(value, row, self.columns[number])
         else:
             for label in self._listed(values[0], row):
                 has[self.classes.number(label, row)] = 1.0
@@ -147,19 +148,21 @@ class RowLabels:
             f"{self.separator!r} between them, but holds {label!r}."
         )
 
-    def _number(self, value: Any, row: str) -> float:
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number):
-            raise RecordError(f"{row}: column {self.columns[0]!r} should hold a number, but holds {value!r}.")
-        return number
 
-    def _share(self, value: Any, row: str, column: str) -> float:
-        number = {"true": 1.0, "false": 0.0}.get(str(value).strip().lower())
-        if number is None:
-            number = self._number(value, row)
-        if not 0 <= number <= 1:
-            raise RecordError(f"{row}: column {column!r} should hold 0 or 1, but holds {value!r}.")
-        return number
+def _number(value: Any, row: str, column: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise RecordError(f"{row}: column {column!r} should hold a number, but holds {value!r}.")
+    return number
+
+
+def _share(value: Any, row: str, column: str) -> float:
+    number = {"true": 1.0, "false": 0.0}.get(str(value).strip().lower())
+    if number is None:
+        number = _number(value, row, column)
+    if not 0 <= number <= 1:
+        raise RecordError(f"{row}: column {column!r} should hold 0 or 1, but holds {value!r}.")
+    return number

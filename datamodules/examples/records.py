@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from lightning_llm.datamodules.cache import fingerprint
 from lightning_llm.datamodules.files import (
+    choose_split,
     file_identity,
     is_saved_dataset,
     lines_of,
@@ -29,6 +30,8 @@ RECORD_SUFFIXES = frozenset({".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".csv
 
 Record = dict[str, Any]
 
+_CSV_BLOCK = 1 << 26  # bytes; no row may be longer
+
 
 class RecordError(ValueError):
     """A row that cannot be used, named by file and row."""
@@ -38,6 +41,7 @@ class Records(ABC):
     """Rows, each a mapping of columns to values."""
 
     name: str
+    folder: Path | None = None  # that paths in the rows start from
 
     @abstractmethod
     def __len__(self) -> int:
@@ -63,6 +67,10 @@ class Records(ABC):
     def class_names(self, column: str) -> list[str] | None:
         """Names of a column's classes, where the data set itself says them (``datasets.ClassLabel``)."""
         return None
+
+    def folder_of(self, index: int) -> Path | None:
+        """The folder that a path in a row starts from; None: where the process runs."""
+        return self.folder
 
 
 class JsonLines(Records):
@@ -178,7 +186,7 @@ class ListedRecords(Records):
 
     def identity(self) -> str:
         """What the rows hold."""
-        return self._identity or fingerprint(map(repr, self.rows))
+        return self._identity or fingerprint(map(_content, self.rows))
 
 
 class DatasetRecords(Records):
@@ -235,6 +243,11 @@ class JoinedRecords(Records):
         part, inside = self._find(index)
         return part.row_name(inside)
 
+    def folder_of(self, index: int) -> Path | None:
+        """That of the file."""
+        part, inside = self._find(index)
+        return part.folder_of(inside)
+
     def identity(self) -> str:
         """Those of the files."""
         return fingerprint(part.identity() for part in self.parts)
@@ -250,32 +263,41 @@ def open_records(data: Any, *, split: str = "train", dataset_config: str | None 
     Args:
         data: A ``.jsonl`` (also ``.gz``, ``.zst``), ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file, a folder of
             them, or several; a folder written by ``Dataset.save_to_disk``; the id of a data set on the hub; a
-            `datasets` data set; or a list of mappings.
+            `datasets` data set, or a mapping of splits to them; or a list of mappings.
         split: For data sets: which split.
         dataset_config: For data sets on the hub: which configuration.
 
     Raises:
         FileNotFoundError: If a file or folder does not exist, or a folder holds none of these.
         ValueError: If a file is empty, damaged or of an unknown kind, or a split does not exist.
+        TypeError: If ``data`` is nothing of these, such as a data set that is only streamed.
     """
-    if hasattr(data, "column_names"):
-        return DatasetRecords(data, "the data set")
+    if isinstance(data, Mapping):
+        data = choose_split(data, "The mapping that is passed as data", split)
+    if hasattr(data, "column_names") and hasattr(data, "__len__"):
+        return _not_empty(DatasetRecords(data, "the data set"))
     if isinstance(data, Sequence) and not isinstance(data, str) and data and not isinstance(data[0], (str, Path)):
         return ListedRecords(data)
+    if data is not None and not isinstance(data, (str, Path, Sequence)):
+        raise TypeError(
+            f"Expected files ({_kinds()}), a data set with random access, or a list of mappings, but got a "
+            f"{type(data).__name__}. Load a streamed data set without streaming=True; write a generator's rows to a "
+            f"file, or make a list of them."
+        )
     if isinstance(data, (str, Path)):
         path = Path(data).expanduser()
         if path.is_dir() and is_saved_dataset(path):
-            return DatasetRecords(load_saved_dataset(path, split), str(path))
+            return _not_empty(DatasetRecords(load_saved_dataset(path, split), str(path)))
         if not path.exists() and not looks_like_path(data, RECORD_SUFFIXES):
-            return DatasetRecords(load_hub_dataset(str(data), dataset_config, split), str(data))
+            return _not_empty(DatasetRecords(load_hub_dataset(str(data), dataset_config, split), str(data)))
         data = [data]
     if not data:
         raise ValueError(f"There is no data: expected files ({_kinds()}), a data set or rows, but got {data!r}.")
     files = [file for entry in data for file in record_files(Path(entry).expanduser())]
     parts = [_open_file(file) for file in files]
-    if not sum(map(len, parts)):
-        raise ValueError(f"{files[0]} has no row. Expected one at least ({_kinds()}).")
-    return parts[0] if len(parts) == 1 else JoinedRecords(parts, f"{data[0]}")
+    for part, file in zip(parts, files, strict=True):
+        part.folder = file.parent
+    return _not_empty(parts[0] if len(parts) == 1 else JoinedRecords(parts, f"{data[0]}"))
 
 
 def check_columns(records: Records, columns: Iterable[str], advice: str) -> None:
@@ -319,6 +341,23 @@ def record_files(path: Path) -> list[Path]:
     return files
 
 
+def _not_empty(records: Records) -> Records:
+    if not len(records):
+        raise ValueError(f"{records.name} has no row; expected one at least.")
+    return records
+
+
+def _content(value: Any) -> str:
+    """All of a value, where ``repr`` would leave out the middle of an array or name a place in memory."""
+    if isinstance(value, Mapping):
+        return repr([(key, _content(entry)) for key, entry in value.items()])
+    if isinstance(value, (list, tuple)) and value and not isinstance(value[0], (str, int, float)):
+        return repr([_content(entry) for entry in value])
+    if hasattr(value, "tobytes"):  # an array, an image
+        return f"{getattr(value, 'shape', getattr(value, 'size', ''))} {fingerprint([value.tobytes().hex()])}"
+    return repr(value)
+
+
 def _kinds() -> str:
     return ", ".join(sorted(RECORD_SUFFIXES))
 
@@ -350,6 +389,7 @@ def _read_csv(path: Path, delimiter: str) -> Records:
         raise ValueError(f"its header {header} names a column twice.")
     table = pacsv.read_csv(
         path,
+        read_options=pacsv.ReadOptions(block_size=_CSV_BLOCK, use_threads=False),  # one thread names a bad row
         parse_options=pacsv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
         convert_options=pacsv.ConvertOptions(column_types={name: pa.string() for name in header}),
     )

@@ -1,4 +1,4 @@
-"""The command line: ``lightning-llm fit|validate|test|predict --config FILE``, ``plan`` and ``generate``.
+"""The command line: ``lightning-llm fit|validate|test|predict --config FILE``, ``tune``, ``plan`` and ``generate``.
 
 Heavy imports wait until a command needs them, so that ``--help`` answers at once.
 """
@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ TRAINER_COMMANDS = {
     "test": "evaluate on the test documents",
     "predict": "score every row of the test documents into predictions.jsonl",
 }
-_USAGE = "lightning-llm {fit,validate,test,predict,plan,generate} ..."
+_USAGE = "lightning-llm {fit,validate,test,predict,tune,plan,generate} ..."
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -32,6 +33,10 @@ def main(args: Sequence[str] | None = None) -> None:
     command = arguments[0] if arguments else "--help"
     if command in TRAINER_COMMANDS:
         _run_trainer(None if args is None else arguments)
+    elif command == "tune":
+        from lightning_llm.tune_command import run_tune
+
+        run_tune(arguments[1:], open_fit)
     elif command == "plan":
         from lightning_llm.plan_command import run_plan
 
@@ -45,7 +50,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
         print(f"lightning-llm {__version__}")
     else:
-        commands = ", ".join([*TRAINER_COMMANDS, "plan", "generate"])
+        commands = ", ".join([*TRAINER_COMMANDS, "tune", "plan", "generate"])
         sys.exit(f"usage: {_USAGE}\nlightning-llm: error: expected one of {commands}, but got {command!r}.")
 
 
@@ -59,6 +64,7 @@ def _help() -> str:
             "",
             "commands:",
             *lines,
+            "  tune       search for the best arguments of `fit`, with Optuna",
             "  plan       estimate the memory of training, and choose between checkpointing and windows",
             "  generate   continue a prompt with a trained model",
             "",
@@ -67,9 +73,29 @@ def _help() -> str:
     )
 
 
-def _run_trainer(arguments: list[str] | None) -> None:
+def open_fit(arguments: list[str]) -> Any:
+    """Make all that ``fit`` would run with, and do not start it.
+
+    Args:
+        arguments: ``fit`` and what follows it on the command line.
+
+    Returns:
+        An object with ``trainer``, ``model``, ``datamodule``, the ``fit_arguments`` of ``trainer.fit``, and
+        ``settings``: all arguments with their values, nested, as in YAML.
+
+    Raises:
+        argparse.ArgumentError: For arguments that the parser does not take.
+        Exception: Whatever the classes raise as they are made.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "LightningCLI's args parameter")
+        return _run_trainer(arguments, starts=False)
+
+
+def _run_trainer(arguments: list[str] | None, starts: bool = True) -> Any:
+    import yaml
     from lightning import LightningDataModule
-    from lightning.pytorch.cli import LightningCLI
+    from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
     from transformers.utils.logging import disable_progress_bar
 
     from lightning_llm.datamodules import TextDataModule
@@ -87,15 +113,27 @@ def _run_trainer(arguments: list[str] | None) -> None:
             """Write what ``predict`` returned."""
             print(f"predictions  {write_predictions(self.trainer)}")
 
+    class WaitingCLI(TrainingCLI):
+        def parse_arguments(self, parser: Any, args: Any) -> None:
+            """Keep the arguments as they were given, before chance chooses a seed."""
+            super().parse_arguments(parser, args)
+            dump = self._parser("fit").dump(self.config["fit"], skip_none=False)
+            self.settings: dict[str, Any] = yaml.safe_load(dump)
+
+        def fit(self, **fit_arguments: Any) -> None:
+            """Keep what ``fit`` would be called with."""
+            self.fit_arguments = fit_arguments
+
     names_class = _names_data_class(sys.argv[1:] if arguments is None else arguments)
-    strict = {"allow_abbrev": False}  # a misspelt argument is an error, not a guess
-    TrainingCLI(
+    strict = {"allow_abbrev": False, "exit_on_error": starts}  # a misspelt argument is an error, not a guess
+    return (TrainingCLI if starts else WaitingCLI)(
         LLMModule,
         LightningDataModule if names_class else TextDataModule,
         subclass_mode_data=names_class,
         args=arguments,
         auto_configure_optimizers=False,
         parser_kwargs={"prog": "lightning-llm", **strict, **dict.fromkeys(TRAINER_COMMANDS, strict)},
+        save_config_callback=SaveConfigCallback if starts else None,
         save_config_kwargs={"overwrite": True},
     )
 

@@ -103,13 +103,12 @@ def test_metric_must_be_there_and_finite(quiet_trainer):
 def test_failure_is_what_lies_in_the_values():
     assert failure(NonFiniteLossError("loss nan\nin row 3")) == "not finite: loss nan"
     assert failure(torch.OutOfMemoryError("no room")) == "out of memory: no room"
-    try:
+    with pytest.raises(ValueError, match="does not fit") as caught:
         try:
             raise torch.OutOfMemoryError("no room")
         except RuntimeError as error:
             raise ValueError("the batch does not fit") from error
-    except ValueError as error:
-        assert failure(error) == "out of memory: no room"
+    assert failure(caught.value) == "out of memory: no room"
     assert failure(RuntimeError("shapes cannot be multiplied")) is None
 
 

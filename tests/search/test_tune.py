@@ -37,7 +37,7 @@ def config(tmp_path_factory):
             "validation_fraction": 0.2, "cache_dir": str(folder / "cache"),
         },
         "trainer": {
-            "accelerator": "cpu", "max_epochs": 1, "limit_train_batches": 10, "val_check_interval": 2,
+            "accelerator": "cpu", "max_epochs": 1, "limit_train_batches": 10, "val_check_interval": 2, "limit_val_batches": 1,
             "num_sanity_val_steps": 0, "logger": False, "default_root_dir": str(folder / "plain"),
             "callbacks": [
                 {"class_path": "lightning_llm.callbacks.TokenWeightedAccumulation"},

@@ -95,7 +95,7 @@ def _draw_history(axes: Any, study: SearchStudy, values: _Values, metric: str) -
     axes.set_xlabel("trial", fontsize=9)
     axes.set_ylabel(metric, fontsize=9)
     axes.set_title(f"{metric} of each trial", fontsize=10, loc="left")
-    axes.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=5)
+    axes.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=6)
     axes.set_title(axes.get_title(loc="left"), fontsize=10, loc="right")
     axes.set_title("", loc="left")
 
@@ -139,7 +139,7 @@ def _draw_points(axes: Any, study: SearchStudy, values: _Values, place: Any, by_
     best = study.best()
     for trials, style, name in (
         (values.complete, {"marker": "o", "s": 26, "linewidths": 0}, "complete"),
-        (values.pruned, {"marker": "x", "s": 24, "color": "0.55", "linewidths": 1.2}, "pruned, value when stopped"),
+        (values.pruned, {"marker": "x", "s": 24, "color": "0.55", "linewidths": 1.2}, "pruned"),
     ):
         inside = [trial for trial in trials if low <= trial.value <= high]
         if inside:
@@ -150,10 +150,9 @@ def _draw_points(axes: Any, study: SearchStudy, values: _Values, place: Any, by_
         beyond = [trial for trial in trials if not low <= trial.value <= high]
         if beyond:
             edge, marker = (low, "v") if study.is_maximized else (high, "^")
-            color = {"color": "C0" if style["marker"] == "o" else "0.55"}
-            axes.scatter(
-                [place(t) for t in beyond], [edge] * len(beyond), marker=marker, s=26, zorder=3, clip_on=False, **color
-            )
+            looks = {"s": 26, "color": "C0" if style["marker"] == "o" else "0.55", "zorder": 3, "clip_on": False}
+            edges = [edge] * len(beyond)
+            axes.scatter([place(t) for t in beyond], edges, marker=marker, label=f"{name}, beyond the axis", **looks)
     if best is not None:
         style = {"marker": "*", "s": 150, "color": "C1", "edgecolors": "white", "linewidths": 0.6, "zorder": 5}
         axes.scatter([place(best)], [best.value], label="best", **style)

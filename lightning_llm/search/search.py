@@ -121,7 +121,7 @@ class Search:
             outcome = run_trial(self.open_fit, folder / "config.yaml", self.metric, trial, show)
         except BaseException as error:
             print(f" stopped, {type(error).__name__}", flush=True)
-            self.study.abandon(trial, f"{type(error).__name__}: {error}")
+            self.study.abandon(trial, f"{type(error).__name__}: {error}".removesuffix(": "))
             raise
         self._finish(trial, outcome, time.monotonic() - begin)
 

@@ -197,7 +197,7 @@ def make_pruner(name: str, prune_after: float) -> Any:
 
     first = round(100 * prune_after)
     if name == "median":
-        return pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=first)
+        return pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=first, n_min_trials=3)
     if name == "hyperband":
         return pruners.HyperbandPruner(min_resource=max(first, 1), max_resource=100, reduction_factor=3)
     if name == "none":

@@ -21,9 +21,10 @@ def table(study: SearchStudy, metric: str) -> str:
     widths = [max(len(row[column]) for row in [heading, *rows]) for column in range(len(heading))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [heading, *rows]]
     reasons = [
-        f"trial {trial.number} failed, {reason}"
+        f"trial {trial.number} {word}, {trial.user_attrs[key]}"
         for trial in study.trials()
-        if (reason := trial.user_attrs.get("reason") or trial.user_attrs.get("error"))
+        for key, word in (("reason", "failed"), ("error", "interrupted"))
+        if key in trial.user_attrs
     ]
     return "\n".join([*lines, *reasons])
 
@@ -42,9 +43,9 @@ def counts(study: SearchStudy) -> str:
 
 
 def token_warning(study: SearchStudy) -> str | None:
-    """What to say if completed trials trained on unequal tokens, by more than a twentieth; else None."""
+    """What to say if completed trials trained on unequal tokens, by more than a tenth; else None."""
     tokens = [number for trial in study.completed() if (number := trial.user_attrs.get("tokens"))]
-    if not tokens or max(tokens) <= 1.05 * min(tokens):
+    if not tokens or max(tokens) <= 1.1 * min(tokens):
         return None
     return (
         f"Completed trials trained on {min(tokens):,} to {max(tokens):,} label tokens: they differ in cost too. Equal "

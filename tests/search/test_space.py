@@ -115,7 +115,7 @@ def test_keys_lead_through_sections_classes_lists_and_mappings(key, path):
         ("model.learning_rate.x", "`model.learning_rate`"),
         ("data.max_lenght", "`data.max_length`"),
         ("trainer.callbacks.Scalling.power", "`trainer.callbacks.Scaling.power`"),
-        ("modle.learning_rate", "`model.learning_rate`"),
+        ("mdel.learning_rate", "`model.learning_rate`"),
         ("", "--print_config"),
     ],
 )

@@ -66,7 +66,7 @@ def test_failures_count_and_have_their_reason_but_errors_do_not_count(tmp_path):
     study.prune(trial)
     text = table(study, "loss")
     assert "trial 0 failed, out of memory: 2 GiB" in text
-    assert "trial 1 failed, ValueError: no such column" in text
+    assert "trial 1 interrupted, ValueError: no such column" in text
     assert counts(study) == "2 trials (1 pruned, 1 failed, 1 interrupted and not counted)"
     plot_study(study, tmp_path / "study.png", "loss")  # without a completed trial
     assert (tmp_path / "study.png").stat().st_size > 1000

@@ -37,8 +37,9 @@ def config(tmp_path_factory):
             "validation_fraction": 0.2, "cache_dir": str(folder / "cache"),
         },
         "trainer": {
-            "accelerator": "cpu", "max_epochs": 1, "limit_train_batches": 10, "val_check_interval": 2, "limit_val_batches": 1,
-            "num_sanity_val_steps": 0, "logger": False, "default_root_dir": str(folder / "plain"),
+            "accelerator": "cpu", "max_epochs": 1, "limit_train_batches": 10, "val_check_interval": 2,
+            "limit_val_batches": 1, "num_sanity_val_steps": 0, "logger": False,
+            "default_root_dir": str(folder / "plain"),
             "callbacks": [
                 {"class_path": "lightning_llm.callbacks.TokenWeightedAccumulation"},
                 {"class_path": "lightning_llm.callbacks.HuggingFaceCheckpoint"},
@@ -137,7 +138,7 @@ def test_an_error_stops_at_once_and_the_mended_command_begins_anew(config, tmp_p
     [
         ([], "There is nothing to search"),
         (["--search.model.learning_rat", "{uniform: [0, 1]}"], "Did you mean `model.learning_rate`"),
-        (["--search.model.learning_rate", "{unifrom: [0, 1]}"], "Did you mean `uniform`"),
+        (["--search.model.learning_rate", "{uniforms: [0, 1]}"], "Did you mean `uniform`"),
         (["--search.model.learning_rate", "{choice: [fast]}"], "model.learning_rate: fast"),
         (["--search.data.micro_batch_size", "{uniform: [1, 4]}"], "data.micro_batch_size"),
         (["--search.model.model.hiden_size", "{int: [8, 16]}"], "no field `hiden_size`. Did you mean `hidden_size`"),

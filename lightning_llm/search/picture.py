@@ -54,7 +54,7 @@ def axis_limits(values: list[float], is_maximized: bool) -> tuple[float, float]:
 
     Example:
         >>> axis_limits([2.0, 3.0, 4.0, 50.0], is_maximized=False)
-        (2.0, 10.0)
+        (2.0, 12.0)
         >>> axis_limits([2.0, 3.0], is_maximized=False)
         (2.0, 3.0)
     """

@@ -95,7 +95,7 @@ def test_study_finds_a_learning_rate_and_its_best_yaml_reproduces_the_trial(conf
 
 
 def test_killed_search_goes_on_with_the_trial_that_was_under_way(config, tmp_path):
-    slow = [*SPACE, "--pruner", "none", "--trainer.max_epochs", "12"]
+    slow = [*SPACE, "--pruner", "none", "--trainer.max_epochs", "5"]
     command = [sys.executable, "-m", "lightning_llm", *arguments(config, tmp_path, *slow)]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)

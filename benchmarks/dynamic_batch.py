@@ -26,8 +26,8 @@ from command_line import describe_machine, make_parser
 from overhead import Turns, TurnTaking
 
 from lightning_llm.callbacks import DynamicBatchScaler, TokenWeightedAccumulation
-from lightning_llm.callbacks.pieces.memory import is_out_of_memory
 from lightning_llm.callbacks.pieces.training import TrainingPieces
+from lightning_llm.out_of_memory import is_out_of_memory
 
 
 class Scarce(Plain):

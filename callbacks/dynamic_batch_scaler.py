@@ -14,13 +14,13 @@ from torch import nn
 from lightning_llm.callbacks.pieces.cutting import BatchCutter
 from lightning_llm.callbacks.pieces.inference import InferencePieces
 from lightning_llm.callbacks.pieces.limits import PieceLimits
-from lightning_llm.callbacks.pieces.memory import is_out_of_memory
 from lightning_llm.callbacks.pieces.reduction import reduction_of
 from lightning_llm.callbacks.pieces.running import Transfer
 from lightning_llm.callbacks.pieces.search import NO_ROOM_FOR_OPTIMIZER, WeightsCopy, find_limit
 from lightning_llm.callbacks.pieces.sequence_window import WindowLimit
 from lightning_llm.callbacks.pieces.training import TrainingPieces
 from lightning_llm.callbacks.pieces.whole_batches import ChunkLimit, needs_whole_batches
+from lightning_llm.out_of_memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
 

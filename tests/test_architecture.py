@@ -19,6 +19,7 @@ SOURCES = sorted(
 PURE = [
     *("lightning_llm/duration.py", "lightning_llm/schedule.py", "lightning_llm/loss.py"),
     *("lightning_llm/ramps.py", "lightning_llm/seesaw.py", "lightning_llm/decay.py", "lightning_llm/noise_scale.py"),
+    *(f"lightning_llm/search/{name}.py" for name in ("keys", "space")),
     *("lightning_llm/chunked_loss.py", "lightning_llm/logit_tiles.py"),
     *("callbacks/noise/parts.py", "callbacks/noise/watch.py"),
     "callbacks/pruning/masks.py",
@@ -47,6 +48,7 @@ MODULES = sorted(
         "lightning_llm.datamodules.questions",
         "lightning_llm.datamodules.streams",
         "lightning_llm.planning",
+        "lightning_llm.search",
         "lightning_llm.sequence_windows",
         "lightning_llm.tasks",
     )

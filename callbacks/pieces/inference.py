@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning_llm.callbacks.pieces.cutting import Piece
-from lightning_llm.callbacks.pieces.memory import is_out_of_memory, release_memory, without_frames
+from lightning_llm.callbacks.pieces.memory import release_memory, without_frames
 from lightning_llm.callbacks.pieces.merging import merge_outputs
 from lightning_llm.callbacks.pieces.rows import fresh
 from lightning_llm.callbacks.pieces.running import BatchReport, PieceRunner
+from lightning_llm.out_of_memory import is_out_of_memory
 
 
 class InferencePieces(PieceRunner):

@@ -7,12 +7,12 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_llm.callbacks.pieces.cutting import BatchCutter
-from lightning_llm.callbacks.pieces.memory import is_out_of_memory
 from lightning_llm.callbacks.pieces.merging import PieceLogs
 from lightning_llm.callbacks.pieces.rows import fresh
 from lightning_llm.callbacks.pieces.search import WeightsCopy, longest_batch, whole_batch
 from lightning_llm.callbacks.pieces.training import run_quietly
 from lightning_llm.callbacks.pieces.undo import StateKeeper
+from lightning_llm.out_of_memory import is_out_of_memory
 
 
 def rehearse_step(trainer: L.Trainer, num_batches: int = 64) -> None:

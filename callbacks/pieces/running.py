@@ -11,13 +11,14 @@ import torch
 
 from lightning_llm.callbacks.pieces.cutting import BatchCutter, Piece
 from lightning_llm.callbacks.pieces.limits import PieceLimits
-from lightning_llm.callbacks.pieces.memory import is_out_of_memory, release_memory
+from lightning_llm.callbacks.pieces.memory import release_memory
 from lightning_llm.callbacks.pieces.merging import PieceLogs
 from lightning_llm.callbacks.pieces.reduction import LocalReduction
 from lightning_llm.callbacks.pieces.rows import CannotSplit
 from lightning_llm.callbacks.pieces.sequence_window import WindowLimit
 from lightning_llm.callbacks.pieces.undo import StateKeeper
 from lightning_llm.callbacks.pieces.whole_batches import ChunkLimit, needs_whole_batches
+from lightning_llm.out_of_memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
 

@@ -16,16 +16,12 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_llm.callbacks.pieces.cutting import Piece
-from lightning_llm.callbacks.pieces.memory import (
-    allocation_retries,
-    is_out_of_memory,
-    release_memory,
-    without_frames,
-)
+from lightning_llm.callbacks.pieces.memory import allocation_retries, release_memory, without_frames
 from lightning_llm.callbacks.pieces.merging import merge_outputs, weighted_mean
 from lightning_llm.callbacks.pieces.rows import fresh, tensors_in
 from lightning_llm.callbacks.pieces.running import BatchReport, PieceRunner
 from lightning_llm.callbacks.pieces.undo import GradientGuard
+from lightning_llm.out_of_memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
 

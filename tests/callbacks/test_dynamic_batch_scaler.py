@@ -19,9 +19,9 @@ from lightning_llm.callbacks import (
     dynamic_batch_scaler,
 )
 from lightning_llm.callbacks.pieces import training
-from lightning_llm.callbacks.pieces.memory import is_out_of_memory
 from lightning_llm.callbacks.pieces.search import WeightsCopy
 from lightning_llm.callbacks.pieces.undo import GradientGuard, _add
+from lightning_llm.out_of_memory import is_out_of_memory
 
 TOLERANCE = 1e-12
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from lightning_llm.callbacks import DynamicBatchScaler
-from lightning_llm.callbacks.pieces.memory import allocation_retries, is_out_of_memory
+from lightning_llm.callbacks.pieces.memory import allocation_retries
+from lightning_llm.out_of_memory import is_out_of_memory
 
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 7.79 GiB"),

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_llm.callbacks import DynamicBatchScaler
-from lightning_llm.callbacks.pieces.memory import is_out_of_memory
+from lightning_llm.out_of_memory import is_out_of_memory
 
 WIDTH, ROWS = 4096, 2048  # one float64 activation of a whole batch: 64 MiB
 

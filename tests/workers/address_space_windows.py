@@ -16,7 +16,7 @@ from windowed_models import full_float64
 
 from lightning_llm import LLMModule
 from lightning_llm.callbacks import DynamicBatchScaler
-from lightning_llm.callbacks.pieces.memory import is_out_of_memory
+from lightning_llm.out_of_memory import is_out_of_memory
 
 LENGTH, WINDOW = 640, 512  # one float64 activation of the MLP in such a window: 64 MiB
 LLAMA = {

@@ -279,7 +279,7 @@ class LLMModule(L.LightningModule):
         dtype = resolve_dtype(self.dtype_name)
 
         def build(load_weights: bool) -> nn.Module:
-            return build_model(
+            model = build_model(
                 self.source,
                 self.config,
                 self.task.auto_class,
@@ -289,6 +289,7 @@ class LLMModule(L.LightningModule):
                 load_weights=load_weights,
                 fresh_head=self.task.has_labels,
             )
+            return self.task.complete(model, self.source if load_weights else None)
 
         if self.device_mesh is not None:
             mesh = mesh_to_shard(self.device_mesh, self.source, isinstance(self.task, ContextParallelCausalLM))

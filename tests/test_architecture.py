@@ -19,7 +19,7 @@ SOURCES = sorted(
 PURE = [
     *("lightning_llm/duration.py", "lightning_llm/schedule.py", "lightning_llm/loss.py"),
     *("lightning_llm/ramps.py", "lightning_llm/seesaw.py", "lightning_llm/decay.py", "lightning_llm/noise_scale.py"),
-    *("lightning_llm/chunked_loss.py", "lightning_llm/logit_tiles.py"),
+    *("lightning_llm/chunked_loss.py", "lightning_llm/logit_tiles.py", "lightning_llm/pooling.py"),
     *("callbacks/noise/parts.py", "callbacks/noise/watch.py"),
     *("callbacks/pieces/limits.py", "callbacks/pieces/cutting.py", "callbacks/pieces/rows.py"),
     *("datamodules/windows.py", "datamodules/packing.py", "datamodules/order.py", "datamodules/collate.py"),

@@ -246,7 +246,10 @@ class ExampleDataModule(RowDataModule):
                 f"{self.max_length}, and {num_cut:,} tokens are left out. {self._instead_of_cutting}"
             )
 
-    _instead_of_cutting = "Raise `max_length`, where the model allows it."
+    @property
+    def _instead_of_cutting(self) -> str:
+        """What could be done about texts that are too long."""
+        return "Raise `max_length`, where the model allows it."
 
     def _dataset(self, split: Split) -> ExampleDataset:
         if split not in self._datasets:

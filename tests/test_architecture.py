@@ -23,7 +23,7 @@ PURE = [
     *("callbacks/noise/parts.py", "callbacks/noise/watch.py"),
     *("callbacks/pieces/limits.py", "callbacks/pieces/cutting.py", "callbacks/pieces/rows.py"),
     *("datamodules/windows.py", "datamodules/packing.py", "datamodules/order.py", "datamodules/collate.py"),
-    *(f"datamodules/{name}.py" for name in ("mixture", "document_windows", "rows", "shorter_rows")),
+    *(f"datamodules/{name}.py" for name in ("mixture", "document_windows", "token_windows", "rows", "shorter_rows")),
     *(f"datamodules/batches/{name}.py" for name in ("plan", "budget", "budget_plan", "global_batch_plan", "settings")),
     *(f"datamodules/examples/{name}.py" for name in ("records", "class_names", "labels", "store", "dataset", "texts")),
     *(f"datamodules/questions/{name}.py" for name in ("question_windows", "question_answering", "answers")),

@@ -45,6 +45,7 @@ SMALL = {
         "hidden_size": 16,
         "eval_batches": 1,
     },
+    "07_tasks": {"per_package": 4, "max_packages": 2, "max_windows": 2, "epochs": 1, "seeds": (0,)},
 }
 WRITTEN = {"01_quickstart": "huggingface/last/model.safetensors"}
 

@@ -108,7 +108,11 @@ class TextClassificationDataModule(ExampleDataModule):
         }
 
     def _encoding(self) -> Mapping[str, Any]:
-        settings = {"problem_type": self.problem_type, "labels": self.label_names, "separator": self._labels.separator}
+        settings: dict[str, Any] = {
+            "problem_type": self.problem_type,
+            "labels": self.label_names,
+            "separator": self._labels.separator,
+        }
         if self._windows is not None:  # the overlap makes no other tokens, but for what `max_windows` cuts
             settings |= {"long_texts": self.long_texts, "max_tokens": self._windows.max_tokens}
         return settings

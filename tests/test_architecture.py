@@ -26,6 +26,7 @@ PURE = [
     *(f"datamodules/{name}.py" for name in ("mixture", "document_windows", "token_windows", "rows", "shorter_rows")),
     *(f"datamodules/batches/{name}.py" for name in ("plan", "budget", "budget_plan", "global_batch_plan", "settings")),
     *(f"datamodules/examples/{name}.py" for name in ("records", "class_names", "labels", "store", "dataset", "texts")),
+    "datamodules/examples/long_texts.py",
     *(f"datamodules/questions/{name}.py" for name in ("question_windows", "question_answering", "answers")),
 ]
 MODULES = sorted(

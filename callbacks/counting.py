@@ -11,13 +11,16 @@ from lightning_llm.loss import IGNORE_INDEX
 
 
 def num_samples(batch: Any) -> int:
-    """Rows of a batch: the first dimension of the first tensor in it.
+    """Rows of a batch: the first dimension of the first tensor in it; of windows with ``document_ids``, documents.
 
     Raises:
         TypeError: If there is no tensor in it.
     """
     if isinstance(batch, Tensor):
         return batch.shape[0] if batch.ndim else 1
+    if isinstance(batch, Mapping) and isinstance(batch.get("document_ids"), Tensor):
+        of_documents = (batch.get(name) for name in ("labels", "row_ids"))
+        return next((len(value) for value in of_documents if isinstance(value, Tensor)), len(batch["document_ids"]))
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
     for value in values:
         try:

@@ -154,7 +154,7 @@ def call_head(model: nn.Module, inputs: Mapping[str, Any], of_head: HeadFunction
     # Before the hooks of FSDP2, which look in the output for what needs a gradient.
     handle = base.register_forward_hook(put, prepend=True)
     try:
-        with _head_as(head, replaced):
+        with head_as(head, replaced):
             result: Tensor = model(**inputs).logits
     finally:
         handle.remove()
@@ -184,7 +184,8 @@ def assume_logit_map(head: nn.Module, logit_map: LogitMap) -> None:
 
 
 @contextmanager
-def _head_as(head: Any, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def head_as(head: Any, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside, a layer computes something else."""
     head.forward = forward  # its hooks still run: FSDP2 may have sharded it by itself
     try:
         yield
@@ -228,7 +229,7 @@ def _measure(model: nn.Module, head: Any, inputs: Mapping[str, Any]) -> LogitMap
         return numbers
 
     devices = [input_ids.device] if input_ids.device.type == "cuda" else []
-    with torch.random.fork_rng(devices, device_type="cuda"), _head_as(head, known):
+    with torch.random.fork_rng(devices, device_type="cuda"), head_as(head, known):
         logits = getattr(model(input_ids=input_ids, use_cache=False), "logits", None)
     if called != [shape] or not isinstance(logits, Tensor) or logits.shape != numbers.shape:
         return "its logits are not what its head returns, a row for each token"

@@ -351,7 +351,8 @@ class LLMModule(L.LightningModule):
                 fresh_head=self.task.has_labels,
                 quantization=self.quantization,
             )
-            return model if self.peft is None else add_adapter(model, self.peft, self.task.auto_class)
+            model = model if self.peft is None else add_adapter(model, self.peft, self.task.auto_class)
+            return self.task.complete(model, self.source if load_weights else None)
 
         if self.device_mesh is not None:
             check_sharding(self.peft, self.quantization)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
@@ -132,6 +133,22 @@ def check_model_folder(source: str | Path) -> None:
 def is_fresh(parameter: nn.Parameter) -> bool:
     """Whether a parameter of a model with pretrained weights was not among them, and is random."""
     return getattr(parameter, "_is_fresh", False)
+
+
+def weights_beside(source: ModelSource, prefix: str) -> dict[str, torch.Tensor]:
+    """What a folder holds beside the weights of transformers' own model.
+
+    Args:
+        source: As in :func:`resolve_config`; only of a local folder is there anything.
+        prefix: Of the names; it is taken off them.
+    """
+    found: dict[str, torch.Tensor] = {}
+    if isinstance(source, (str, Path)):
+        for path in sorted(Path(source).expanduser().glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - no mapping
+                found |= {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+    return found
 
 
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype:

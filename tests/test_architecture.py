@@ -20,18 +20,19 @@ PURE = [
     *("lightning_llm/duration.py", "lightning_llm/schedule.py", "lightning_llm/loss.py"),
     *("lightning_llm/ramps.py", "lightning_llm/seesaw.py", "lightning_llm/decay.py", "lightning_llm/noise_scale.py"),
     *(f"lightning_llm/search/{name}.py" for name in ("keys", "space")),
-    *("lightning_llm/chunked_loss.py", "lightning_llm/logit_tiles.py"),
+    *("lightning_llm/chunked_loss.py", "lightning_llm/logit_tiles.py", "lightning_llm/pooling.py"),
     *("callbacks/noise/parts.py", "callbacks/noise/watch.py"),
     "callbacks/pruning/masks.py",
     *("callbacks/pieces/limits.py", "callbacks/pieces/cutting.py", "callbacks/pieces/rows.py"),
     *("datamodules/windows.py", "datamodules/packing.py", "datamodules/order.py", "datamodules/collate.py"),
-    *(f"datamodules/{name}.py" for name in ("mixture", "document_windows", "rows", "shorter_rows")),
+    *(f"datamodules/{name}.py" for name in ("mixture", "document_windows", "token_windows", "rows", "shorter_rows")),
     *(f"datamodules/batches/{name}.py" for name in ("plan", "budget", "budget_plan", "global_batch_plan", "settings")),
     *(f"datamodules/examples/{name}.py" for name in ("records", "class_names", "labels", "store", "dataset", "texts")),
     *(f"datamodules/examples/{name}.py" for name in ("messages", "chat_templates", "chat_tokens", "rendered_chat")),
     *(f"datamodules/examples/{name}.py" for name in ("conversation_rows", "preference_pairs")),
     *("datamodules/examples/token_labels.py", "datamodules/masking.py"),
     *(f"datamodules/questions/{name}.py" for name in ("question_windows", "question_answering", "answers", "scores")),
+    "datamodules/examples/long_texts.py",
 ]
 MODULES = sorted(
     info.name

@@ -46,6 +46,7 @@ SMALL = {
         "eval_batches": 1,
     },
     "08_images": {"max_epochs": 2, "batch_size": 48, "width": 4, "piece_sizes": (48, 20)},
+    "07_tasks": {"per_package": 4, "max_packages": 2, "max_windows": 2, "epochs": 1, "seeds": (0,)},
 }
 WRITTEN = {"01_quickstart": "huggingface/last/model.safetensors"}
 

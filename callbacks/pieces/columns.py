@@ -8,21 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_llm.callbacks.pieces.rows import BOUNDARIES, LONGEST, like, rows_or_none, tensors_in
+from lightning_llm.callbacks.pieces.rows import BOUNDARIES, DOCUMENTS, LONGEST, like, rows_or_none, tensors_in
 from lightning_llm.loss import IGNORE_INDEX
 
 # Entries of Hugging Face batches that have one column per token, so that padding can be cut off.
 _COLUMNS = {
     *("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids", "labels", "loss_mask"),
     *("special_tokens_mask", "decoder_input_ids", "decoder_attention_mask", "completion_mask", "assistant_masks"),
+    "new_token_mask",
 }
 # Those of them that say which columns count.
 _MASKS = {"decoder_attention_mask", "loss_mask", "completion_mask", "assistant_masks"}
 
 
 def shape_of(batch: Any) -> tuple[int, int, int]:
-    """Rows, columns, and tokens that see each other; images and other tensors of 4 dimensions have one column."""
-    found = rows_or_none(batch)
+    """Rows, columns, and tokens that see each other; images and other tensors of 4 dimensions have one column.
+
+    Of documents in windows, each window is a row here: it needs memory like one.
+    """
+    found = len(batch[DOCUMENTS]) if _is_of_windows(batch) else rows_or_none(batch)
     rows = 1 if found is None else found
     by_row = (tensor for tensor in tensors_in(batch) if tensor.ndim in (2, 3) and tensor.shape[0] == rows)
     columns = max((tensor.shape[1] for tensor in by_row), default=1)
@@ -37,6 +41,9 @@ def row_lengths(batch: Any, num_rows: int) -> list[int] | None:
     """Columns of each row up to its last token or target; None if the batch does not tell (one copy to the host)."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if _is_of_windows(batch) and isinstance(labels, Tensor):  # a label for each document
+        batch = {key: value for key, value in batch.items() if key != "labels"}
+        labels = batch[DOCUMENTS]
     if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[0] != num_rows or not isinstance(labels, Tensor):
         return None  # without labels the loss may be made of anything
     same_shape = {key for key, v in batch.items() if isinstance(v, Tensor) and v.ndim > 1 and v.shape[:2] == mask.shape}
@@ -59,13 +66,18 @@ def trim(batch: Any, length: int) -> Any:
     shape = batch["attention_mask"].shape
     if length >= shape[1]:
         return batch
+    columns = _COLUMNS - {"labels"} if _is_of_windows(batch) else _COLUMNS
     items = {
         key: value[:, :length]
-        if key in _COLUMNS and isinstance(value, Tensor) and value.ndim > 1 and value.shape[:2] == shape
+        if key in columns and isinstance(value, Tensor) and value.ndim > 1 and value.shape[:2] == shape
         else value
         for key, value in batch.items()
     }
     return items if type(batch) is dict else like(batch, items, "batch")
+
+
+def _is_of_windows(batch: Any) -> bool:
+    return isinstance(batch, Mapping) and isinstance(batch.get(DOCUMENTS), Tensor)
 
 
 def truncate(batch: Any, length: int) -> Any:

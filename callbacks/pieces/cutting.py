@@ -10,7 +10,14 @@ from torch import Tensor
 
 from lightning_llm.callbacks.pieces.columns import row_lengths, shape_of, trim
 from lightning_llm.callbacks.pieces.documents import document_edges, take_documents
-from lightning_llm.callbacks.pieces.rows import CannotSplit, count_rows, rows_or_none, take_rows, tensors_in
+from lightning_llm.callbacks.pieces.rows import (
+    CannotSplit,
+    count_rows,
+    rows_or_none,
+    take_rows,
+    tensors_in,
+    window_edges,
+)
 
 SplitFn = Callable[[Any, int], Sequence[Any]]
 CostFn = Callable[[Any], int]
@@ -80,6 +87,9 @@ class BatchCutter:
         num_rows = count_rows(piece.batch)
         if num_rows <= 1:
             return self._cut_documents(piece, limit)
+        edges = window_edges(piece.batch)
+        if edges is not None:
+            return self._cut_between(piece, edges, limit_of)
         lengths = row_lengths(piece.batch, num_rows) if self.trim_padding or self.sort_by_length else None
         if lengths is None:
             per_piece = max(int(limit * num_rows // piece.cost), 1)
@@ -106,6 +116,10 @@ class BatchCutter:
         num_rows = count_rows(piece.batch)
         if num_rows <= 1:
             return self._cut_documents(piece, -(-piece.cost // 2))
+        edges = window_edges(piece.batch)
+        if edges is not None:
+            middle = min(range(1, num_rows), key=lambda document: abs(2 * edges[document] - edges[-1]))
+            return [self._rows(piece, rows, num_rows) for rows in (slice(0, middle), slice(middle, num_rows))]
         return self._cut_evenly(piece, num_rows, 2)
 
     def at_least(self, pieces: list[Piece], number: int) -> list[Piece]:
@@ -141,6 +155,27 @@ class BatchCutter:
         number = min(number, num_rows)
         edges = [round(i * num_rows / number) for i in range(number + 1)]
         return [self._rows(piece, slice(a, b), num_rows) for a, b in zip(edges, edges[1:], strict=False)]
+
+    def _cut_between(self, piece: Piece, edges: list[int], limit_of: Callable[[int], int | None]) -> list[Piece]:
+        """Cut between documents of several windows each."""
+        num_documents = len(edges) - 1
+        lengths = row_lengths(piece.batch, edges[-1]) if self.trim_padding else None
+        widths = [piece.length] * num_documents
+        if lengths is not None:
+            widths = [max(lengths[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+        cuts, longest = [0], widths[0]
+        for document in range(1, num_documents):
+            width = max(longest, widths[document])
+            limit = limit_of(width)
+            if limit is not None and width * (edges[document + 1] - edges[cuts[-1]]) > limit:
+                cuts.append(document)
+                width = widths[document]
+            longest = width
+        cuts.append(num_documents)
+        return [
+            self._rows(piece, slice(a, b), num_documents, None if lengths is None else max(widths[a:b]))
+            for a, b in zip(cuts, cuts[1:], strict=False)
+        ]
 
     def _cut_by_length(self, piece: Piece, lengths: list[int], limit_of: Callable[[int], int | None]) -> list[Piece]:
         num_rows = len(lengths)

@@ -9,8 +9,11 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
+# Which document of the batch each window is of: all windows of a document stay together, and it is the row.
+DOCUMENTS = "document_ids"
 # Entries of flattened batches, which hold all documents in one row.
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
 LONGEST = ("max_length_q", "max_length_k", "max_seqlen")
@@ -22,6 +25,8 @@ class CannotSplit(ValueError):  # noqa: N818 - says what is wrong better than wi
 
 def count_rows(batch: Any) -> int:
     """Rows of a batch: the leading dimension of its first tensor, or the length of a list in a mapping.
+
+    Where rows are windows of documents (``document_ids``), a document is the row.
 
     Raises:
         CannotSplit: If neither is there, or it could be both.
@@ -69,6 +74,8 @@ def take_rows(batch: Any, rows: slice | Tensor, num_rows: int, path: str = "batc
             raise _no_rows(path, f"shape {tuple(batch.shape)}", num_rows)
         return batch[rows]
     if isinstance(batch, Mapping):
+        if isinstance(batch.get(DOCUMENTS), Tensor):
+            return _take_documents(batch, rows, num_rows, path)
         items = {key: take_rows(value, rows, num_rows, f"{path}[{key!r}]") for key, value in batch.items()}
         return items if type(batch) is dict else like(batch, items, path)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
@@ -85,6 +92,48 @@ def take_rows(batch: Any, rows: slice | Tensor, num_rows: int, path: str = "batc
             object.__setattr__(taken, f.name, value)
         return taken
     raise _no_rows(path, f"type {type(batch).__name__}", num_rows)
+
+
+def window_edges(batch: Any) -> list[int] | None:
+    """First window of each document, and the end of the last; None if a batch's rows are no windows of documents."""
+    ids = batch.get(DOCUMENTS) if isinstance(batch, Mapping) else None
+    if not isinstance(ids, Tensor):
+        return None
+    counts = torch.bincount(ids, minlength=_num_documents(batch))
+    edges: list[int] = [0, *counts.cumsum(0).tolist()]
+    return edges
+
+
+def _take_documents(batch: Mapping[str, Any], rows: slice | Tensor, num_documents: int, path: str) -> Any:
+    """Some documents, each with all its windows, numbered from 0 again."""
+    edges = window_edges(batch)
+    assert edges is not None
+    documents = list(range(num_documents)[rows]) if isinstance(rows, slice) else rows.tolist()
+    spans = [(edges[document], edges[document + 1]) for document in documents]
+    ids = batch[DOCUMENTS]
+    windows: slice | Tensor
+    if isinstance(rows, slice) and rows.step in (None, 1) and spans:
+        windows = slice(spans[0][0], spans[-1][1])  # a view, no copy
+    else:
+        windows = torch.cat([torch.arange(*span, device=ids.device) for span in spans])
+    counts = torch.tensor([end - begin for begin, end in spans], device=ids.device)
+    items: dict[str, Any] = {}
+    for key, value in batch.items():
+        if key == DOCUMENTS:
+            items[key] = torch.arange(len(spans), device=ids.device).repeat_interleave(counts)
+        elif rows_or_none(value) == edges[-1] or (isinstance(value, list) and len(value) == edges[-1]):
+            items[key] = take_rows(value, windows, edges[-1], f"{path}[{key!r}]")
+        else:
+            items[key] = take_rows(value, rows, num_documents, f"{path}[{key!r}]")
+    return items if type(batch) is dict else like(batch, items, path)
+
+
+def _num_documents(batch: Mapping[str, Any]) -> int:
+    """From what there is for each document; a device is waited for only if there is nothing."""
+    for key in ("labels", "row_ids"):
+        if isinstance(batch.get(key), Tensor):
+            return len(batch[key])
+    return int(batch[DOCUMENTS][-1]) + 1
 
 
 def _take_from_sequence(batch: Any, rows: slice | Tensor, num_rows: int, path: str) -> Any:
@@ -156,6 +205,8 @@ def rows_or_none(batch: Any) -> int | None:
     """Rows of a batch; None if it does not tell."""
     if isinstance(batch, Mapping) and any(isinstance(batch.get(key), Tensor) for key in BOUNDARIES):
         return 1  # flattened: all documents in one row
+    if isinstance(batch, Mapping) and isinstance(batch.get(DOCUMENTS), Tensor):
+        return _num_documents(batch)
     if isinstance(batch, Tensor):
         return batch.shape[0] if batch.ndim else None
     if isinstance(batch, Mapping):

@@ -277,8 +277,13 @@ class ExampleDataModule(RowDataModule):
         if num_cut:
             rank_zero_warn(
                 f"{num_rows_cut:,} of {num_rows:,} rows of {records.name} are longer than {self._limits}, and "
-                f"{num_cut:,} {self._unit} are left out. Raise that, where the model allows it."
+                f"{num_cut:,} {self._unit} are left out. {self._instead_of_cutting}"
             )
+
+    @property
+    def _instead_of_cutting(self) -> str:
+        """What could be done about rows that are too long."""
+        return "Raise that, where the model allows it."
 
     def _dataset(self, split: Split) -> ExampleRows:
         if split not in self._datasets:

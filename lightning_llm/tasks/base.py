@@ -82,6 +82,15 @@ class Task(ABC):
                 f"`labels` are the classes of a classifier; the task {self.name!r} has none: leave it out."
             )
 
+    def complete(self, model: nn.Module, source: Any = None) -> nn.Module:
+        """Add to a model, as it is built, what the task trains beside it; before there is an optimizer.
+
+        Args:
+            model: As transformers makes it.
+            source: What its weights were loaded from; None if it has the architecture only.
+        """
+        return model
+
     def check(self, batch: Mapping[str, Any], config: PretrainedConfig) -> None:
         """Refuse a batch that the model would stumble over. What is on an accelerator is not looked into.
 

@@ -103,19 +103,30 @@ class SpanMetrics(Metric):
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Add rows of classes, (batch, seq) each; positions whose target is below 0 are left out."""
-        for predicted, true in zip(preds.tolist(), target.tolist(), strict=True):
-            pairs = [(self.tags[p], self.tags[t]) for p, t in zip(predicted, true, strict=True) if t >= 0]
-            found, wanted = (set(spans_of(tags)) for tags in ([p for p, _ in pairs], [t for _, t in pairs]))
-            self.counts += self.counts.new_tensor([len(found & wanted), len(found), len(wanted)])
+        self.counts += self._counted(preds, target)
 
     def compute(self) -> dict[str, Tensor]:
         """``span_precision``, ``span_recall``, ``span_f1``; 0 where there is nothing to divide by."""
-        right, found, wanted = self.counts.double()
-        return {
-            "span_precision": right / found.clamp(min=1),
-            "span_recall": right / wanted.clamp(min=1),
-            "span_f1": 2 * right / (found + wanted).clamp(min=1),
-        }
+        return span_rates(self.counts)
+
+    def _counted(self, preds: Tensor, target: Tensor) -> Tensor:
+        """Spans that are right, that were found, and that there are, (3,)."""
+        counts = torch.zeros_like(self.counts)
+        for predicted, true in zip(preds.tolist(), target.tolist(), strict=True):
+            pairs = [(self.tags[p], self.tags[t]) for p, t in zip(predicted, true, strict=True) if t >= 0]
+            found, wanted = (set(spans_of(tags)) for tags in ([p for p, _ in pairs], [t for _, t in pairs]))
+            counts += counts.new_tensor([len(found & wanted), len(found), len(wanted)])
+        return counts
+
+
+def span_rates(counts: Tensor) -> dict[str, Tensor]:
+    """``span_precision``, ``span_recall`` and ``span_f1`` of how many spans are right, were found, and there are."""
+    right, found, wanted = counts.double()
+    return {
+        "span_precision": right / found.clamp(min=1),
+        "span_recall": right / wanted.clamp(min=1),
+        "span_f1": 2 * right / (found + wanted).clamp(min=1),
+    }
 
 
 def marks_spans(tags: Sequence[str]) -> bool:

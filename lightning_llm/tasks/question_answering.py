@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric
 from transformers import PretrainedConfig
 
+from lightning_llm.head_loss import LossKernel
 from lightning_llm.loss import IGNORE_INDEX, TokenLoss, accumulation_dtype, class_cross_entropy
 from lightning_llm.tasks.head import HeadTask
 from lightning_llm.tasks.labels import set_labels
+from lightning_llm.tasks.merging import AnswerMetrics, best_spans, columns_of
 from lightning_llm.tasks.metrics import Means, TaskMetrics
 
 LONGEST_ANSWER = 30  # tokens, as in transformers' example of SQuAD
@@ -31,6 +34,11 @@ class QuestionAnswering(HeadTask):
     auto_class = "AutoModelForQuestionAnswering"
     targets = ("start_positions", "end_positions")
 
+    def __init__(self, loss_kernel: LossKernel = "chunked", *, null_score_threshold: float | None = None) -> None:
+        super().__init__(loss_kernel)
+        self.null_score_threshold = null_score_threshold
+        self._texts: Any = None
+
     def configure(
         self,
         config: PretrainedConfig,
@@ -42,6 +50,8 @@ class QuestionAnswering(HeadTask):
         """The head has two outputs a token, of starts and of ends."""
         super().configure(config, labels, datamodule=datamodule, is_built=is_built)
         set_labels(config, 2, is_built=is_built)
+        has_texts = hasattr(datamodule, "context_of") and hasattr(datamodule, "answers_of")
+        self._texts = datamodule if has_texts else self._texts
 
     def loss_of(self, output: Any, batch: Mapping[str, Any]) -> TokenLoss:
         """Sum the cross-entropy over starts and ends."""
@@ -58,6 +68,8 @@ class QuestionAnswering(HeadTask):
         """``start_logits`` and ``end_logits`` (batch, seq); the likeliest answer's ``starts``, ``ends`` and ``scores``.
 
         An answer lies within a row's tokens and is 30 of them long at most; ``scores`` is its probability, (batch,).
+        Of windows of questions also ``example_ids``, ``spans`` (batch, 20, 3), the best spans' scores and characters,
+        and ``null_scores``, of which :func:`~lightning_llm.tasks.merging.best_answers` makes one answer a question.
         """
         output = self.run(model, batch)
         start, end = accumulation_dtype(output.start_logits), accumulation_dtype(output.end_logits)
@@ -67,27 +79,44 @@ class QuestionAnswering(HeadTask):
         last = end.masked_fill(~is_token, -torch.inf).softmax(-1)
         pairs = (first[:, :, None] * last[:, None, :]).triu().tril(LONGEST_ANSWER - 1)
         scores, index = pairs.flatten(1).max(-1)
-        starts, ends = index // start.shape[1], index % start.shape[1]
+        first_token, last_token = index // start.shape[1], index % start.shape[1]
         logits = {"start_logits": output.start_logits, "end_logits": output.end_logits}
-        return {**logits, "starts": starts, "ends": ends, "scores": scores}
+        found = {**logits, "starts": first_token, "ends": last_token, "scores": scores}
+        columns = columns_of(batch, "example_ids", "char_begins", "char_ends")
+        if columns is not None:
+            example_ids, begins, ends = columns
+            spans = best_spans(output.start_logits, output.end_logits, begins, ends, max_answer_tokens=LONGEST_ANSWER)
+            found |= {"example_ids": example_ids, "spans": spans, "null_scores": start[:, 0] + end[:, 0]}
+        return found
 
     def metrics(self, source_names: Sequence[str] = ()) -> TaskMetrics:
-        """The loss; how many starts, ends, and both of a row are right."""
-        return TaskMetrics({"means": Means(["loss", "start_accuracy", "end_accuracy", "exact_match"])})
+        """The loss; how many starts, ends, and both of a row are right; exact match and F1 of whole questions."""
+        found: dict[str, Metric] = {"means": Means(["loss", "start_accuracy", "end_accuracy", "exact_match"])}
+        if self._texts is not None:
+            texts = (self._texts.context_of, self._texts.answers_of)
+            found["answers"] = AnswerMetrics(*texts, self.null_score_threshold)
+        return TaskMetrics(found)
 
     def evaluate(self, model: nn.Module, batch: Mapping[str, Any], metrics: TaskMetrics) -> None:
         """Add a batch."""
         output = self.run(model, batch)
         start, end = self._targets(output, batch)
-        starts, ends = output.start_logits.argmax(-1) == start, output.end_logits.argmax(-1) == end
+        right_starts, right_ends = output.start_logits.argmax(-1) == start, output.end_logits.argmax(-1) == end
         has_start, has_end = start != IGNORE_INDEX, end != IGNORE_INDEX
         means = {
             "loss": self.loss_of(output, batch),
-            "start_accuracy": TokenLoss(starts.sum(), has_start.sum()),
-            "end_accuracy": TokenLoss(ends.sum(), has_end.sum()),
-            "exact_match": TokenLoss((starts & ends).sum(), (has_start & has_end).sum()),
+            "start_accuracy": TokenLoss(right_starts.sum(), has_start.sum()),
+            "end_accuracy": TokenLoss(right_ends.sum(), has_end.sum()),
+            "exact_match": TokenLoss((right_starts & right_ends).sum(), (has_start & has_end).sum()),
         }
-        metrics.update(means=means)
+        columns = columns_of(batch, "example_ids", "char_begins", "char_ends")
+        windows = {}
+        if columns is not None and self._texts is not None:
+            example_ids, begins, ends = columns
+            spans = best_spans(output.start_logits, output.end_logits, begins, ends, max_answer_tokens=LONGEST_ANSWER)
+            null_scores = output.start_logits[:, 0] + output.end_logits[:, 0]
+            windows = {"example_ids": example_ids, "spans": spans, "null_scores": null_scores}
+        metrics.update(means=means, **windows)
 
     def _targets(self, output: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Places of starts and ends, (batch,) each, -100 where there is none."""

@@ -9,9 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from lightning_llm.head_loss import LossKernel
 from lightning_llm.loss import TokenLoss, accumulation_dtype, class_cross_entropy
+from lightning_llm.tasks.documents import (
+    WindowPooling,
+    attach_attention,
+    check_documents,
+    check_pooling,
+    pooled_logits,
+)
 from lightning_llm.tasks.head import HeadTask, check_range
 from lightning_llm.tasks.metrics import Means, TaskMetrics
 
@@ -25,23 +33,42 @@ class SequenceClassification(HeadTask):
     (batch,) or (batch, num_labels) numbers for regression, NaN for none. The loss is the cross-entropy, the binary
     cross-entropy, or the squared error, and its weight the number of rows or, with several values a row, of values.
 
+    Where a batch has ``document_ids`` (num_windows,), its rows are windows of documents, all windows of each, and
+    labels, decisions and metrics are those of documents: the windows' vectors are pooled before the last layer.
+
     Args:
         loss_kernel: As for every task; there is no large vocabulary here.
+        pooling: How windows are pooled: ``mean``, ``token_mean`` (by the tokens that no earlier window holds), ``max``
+            of each feature, ``attention`` (a weighted mean, whose weights are trained and saved with the model), or
+            the ``first`` alone. If None, as the configuration says, where this wrote it before, else ``mean``.
         problem_type: transformers' word for what the labels are. If None, as the data module or the model's
             configuration says, else ``regression`` for a single label and ``single_label_classification`` for more.
 
     Raises:
         ValueError: For another word.
+
+    References:
+        Pappagari et al., Hierarchical Transformers for Long Document Classification, arXiv 1910.10781; Sun et al., How
+        to Fine-Tune BERT for Text Classification, arXiv 1905.05583, section 5.3.1.
     """
 
     name = "sequence-classification"
     auto_class = "AutoModelForSequenceClassification"
     has_labels = True
 
-    def __init__(self, loss_kernel: LossKernel = "chunked", *, problem_type: ProblemType | None = None) -> None:
+    def __init__(
+        self,
+        loss_kernel: LossKernel = "chunked",
+        *,
+        problem_type: ProblemType | None = None,
+        pooling: WindowPooling | None = None,
+    ) -> None:
         if problem_type is not None and problem_type not in get_args(ProblemType):
             raise ValueError(f"`problem_type` must be one of {', '.join(get_args(ProblemType))}, not {problem_type!r}.")
+        check_pooling(pooling)
         super().__init__(loss_kernel)
+        self.pooling: WindowPooling = pooling or "mean"
+        self._given_pooling = pooling
         self._given: str | None = problem_type
         self._of_model: str | None = ""  # not looked at yet
         self.problem_type: str = problem_type or "single_label_classification"
@@ -67,6 +94,9 @@ class SequenceClassification(HeadTask):
         known = self._given or getattr(datamodule, "problem_type", None) or self._of_model
         self.problem_type = known or ("regression" if self.num_labels == 1 else "single_label_classification")
         any_config.problem_type = self.problem_type
+        self.pooling = self._given_pooling or getattr(config, "window_pooling", None) or "mean"
+        if self._given_pooling is not None:
+            any_config.window_pooling = self.pooling
         tokenizer = getattr(datamodule, "tokenizer", None)
         if tokenizer is not None and getattr(config, "pad_token_id", 0) is None:  # decoders look for a row's end
             any_config.pad_token_id = tokenizer.pad_token_id
@@ -74,6 +104,7 @@ class SequenceClassification(HeadTask):
     def check(self, batch: Mapping[str, Any], config: PretrainedConfig) -> None:
         """Refuse labels that are not of the kind and in the range that the model has classes for."""
         super().check(batch, config)
+        check_documents(batch)
         labels = batch.get("labels")
         if isinstance(labels, Tensor):
             self._check_kind(labels)
@@ -86,6 +117,18 @@ class SequenceClassification(HeadTask):
                     raise ValueError(
                         f"`labels` of several classes must lie in 0..1, but row {row} of the batch has others."
                     )
+
+    def complete(self, model: nn.Module, source: Any = None) -> nn.Module:
+        """Add the attention over windows, where that pools them."""
+        if self.pooling == "attention":
+            attach_attention(model, self.num_labels, source)
+        return model
+
+    def run(self, model: nn.Module, batch: Mapping[str, Any]) -> Any:
+        """Call the model; of documents in windows, with logits of each document."""
+        if "document_ids" not in batch and self.pooling != "attention":  # whose weights have a gradient in any case
+            return super().run(model, batch)
+        return SequenceClassifierOutput(logits=pooled_logits(model, batch, super().run, self.num_labels, self.pooling))
 
     def loss_of(self, output: Any, batch: Mapping[str, Any]) -> TokenLoss:
         """Sum the loss over rows, or over all their values."""

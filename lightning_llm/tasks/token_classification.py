@@ -11,11 +11,19 @@ from transformers import PretrainedConfig
 from lightning_llm.head_loss import LossKernel
 from lightning_llm.loss import IGNORE_INDEX, TokenLoss, accumulation_dtype, class_cross_entropy
 from lightning_llm.tasks.head import HeadTask, check_range
-from lightning_llm.tasks.metrics import Means, SpanMetrics, TaskMetrics, marks_spans
+from lightning_llm.tasks.merging import DocumentSpanMetrics
+from lightning_llm.tasks.metrics import Means, TaskMetrics, marks_spans
+
+_PLACES = ("example_ids", "token_positions")
 
 
 class TokenClassification(HeadTask):
-    """Classify each token; ``labels`` are (batch, seq) int64, -100 where there is none (special tokens, word ends)."""
+    """Classify each token; ``labels`` are (batch, seq) int64, -100 where there is none (special tokens, word ends).
+
+    Rows may be windows of documents that overlap. Then each token is to have its label in one of them, that in which it
+    has most context, and spans are those of whole documents if batches say where the tokens belong: ``example_ids``
+    (batch,) the document, ``token_positions`` (batch, seq) the place in it, -1 for what another window decides.
+    """
 
     name = "token-classification"
     auto_class = "AutoModelForTokenClassification"
@@ -51,16 +59,21 @@ class TokenClassification(HeadTask):
         return class_cross_entropy(output.logits, self.target(batch))
 
     def score(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """``probabilities`` (batch, seq, num_labels) and ``predictions`` (batch, seq)."""
+        """``probabilities`` (batch, seq, num_labels) and ``predictions`` (batch, seq).
+
+        Of windows also ``example_ids`` and ``token_positions``, by which
+        :func:`~lightning_llm.tasks.merging.merged_tokens` puts documents together.
+        """
         logits = accumulation_dtype(self.outputs(model, batch))
-        return {"probabilities": logits.softmax(-1), "predictions": logits.argmax(-1)}
+        places = {name: batch[name] for name in _PLACES if name in batch}
+        return {"probabilities": logits.softmax(-1), "predictions": logits.argmax(-1), **places}
 
     def metrics(self, source_names: Sequence[str] = ()) -> TaskMetrics:
         """Loss, accuracy and macro F1 of tokens; precision, recall and F1 of spans where classes are tags of spans."""
         from torchmetrics.classification import MulticlassF1Score
 
         f1 = MulticlassF1Score(max(len(self.tags), 2), average="macro", ignore_index=-100, validate_args=False)
-        spans = {"spans": SpanMetrics(self.tags)} if marks_spans(self.tags) else {}
+        spans = {"spans": DocumentSpanMetrics(self.tags)} if marks_spans(self.tags) else {}
         return TaskMetrics({"means": Means(["loss", "accuracy"]), "f1": f1, **spans})
 
     def evaluate(self, model: nn.Module, batch: Mapping[str, Any], metrics: TaskMetrics) -> None:
@@ -69,4 +82,5 @@ class TokenClassification(HeadTask):
         loss, preds = self.loss_of(output, batch), output.logits.argmax(-1)
         right = ((preds == labels) & (labels != IGNORE_INDEX)).sum()
         means = {"loss": loss, "accuracy": TokenLoss(right, loss.num_tokens)}
-        metrics.update(means=means, preds=preds, target=labels)
+        places = {name: batch[name] for name in _PLACES if name in batch}
+        metrics.update(means=means, preds=preds, target=labels, **places)

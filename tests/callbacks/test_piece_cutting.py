@@ -284,3 +284,68 @@ def test_containers_are_made_anew_and_tensors_are_not_copied():
     again.pop("x")
     assert batch["x"] is X
     assert batch["deep"][1]["y"] is X
+
+
+# ---- windows of documents: all of a document in one piece ---------------------------------------------------------
+
+
+def windows_of_documents(counts, widths, columns=8):
+    """Documents with so many windows, each of so many tokens; entries for windows and for documents."""
+    ids = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    used = torch.tensor(widths)[ids]
+    mask = (torch.arange(columns) < used[:, None]).long()
+    number = torch.arange(len(ids))
+    return {
+        "labels": torch.arange(len(counts) * 3).reshape(-1, 3),
+        "input_ids": mask * (number[:, None] + 1),
+        "attention_mask": mask,
+        "new_token_mask": mask,
+        "document_ids": ids,
+        "num_input_tokens": used,
+        "row_ids": torch.arange(len(counts)) + 100,
+        "names": [f"d{number}" for number in range(len(counts))],
+        "scale": 0.5,
+    }
+
+
+@given(
+    documents=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 8)), min_size=1, max_size=9),
+    limit=st.integers(1, 80),
+    trim=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_all_windows_of_a_document_are_in_one_piece(documents, limit, trim):
+    counts, widths = zip(*documents, strict=True)
+    batch = windows_of_documents(list(counts), list(widths))
+    cutter = BatchCutter(trim_padding=trim)
+    whole = cutter.whole(batch)
+    assert (whole.num_rows, whole.cost) == (len(counts), 8 * sum(counts))
+    pieces = cutter.cut(whole, lambda length: limit)
+    seen = []
+    for piece in pieces:
+        part = piece.batch
+        ids = part["document_ids"]
+        assert ids.unique().tolist() == list(range(len(part["labels"])))
+        assert piece.num_rows == len(part["labels"]) == len(part["row_ids"]) == len(part["names"])
+        assert piece.cost == part["input_ids"].numel()
+        assert piece.cost <= limit or len(part["labels"]) == 1
+        assert part["attention_mask"].sum(1).tolist() == part["num_input_tokens"].tolist()
+        for number, document in enumerate((part["row_ids"] - 100).tolist()):
+            assert int((ids == number).sum()) == counts[document]
+            assert part["labels"][number].tolist() == batch["labels"][document].tolist()
+            assert part["input_ids"][ids == number].max() - 1 < sum(counts[: document + 1])
+        seen += (part["row_ids"] - 100).tolist()
+    assert seen == list(range(len(counts)))
+    halves = cutter.halve(whole)
+    assert len(halves) == min(len(counts), 2)
+    assert sum(len(half.batch["document_ids"]) for half in halves) == sum(counts)
+
+
+def test_documents_are_taken_in_any_order_with_their_windows():
+    batch = windows_of_documents([2, 1, 3], [4, 8, 2])
+    taken = take_rows(batch, torch.tensor([2, 0, 2]), 3)
+    assert taken["document_ids"].tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
+    assert taken["input_ids"].amax(1).tolist() == [4, 5, 6, 1, 2, 4, 5, 6]
+    assert taken["row_ids"].tolist() == [102, 100, 102]
+    with pytest.raises(CannotSplit, match="rows, but batch\\['other'\\] has shape"):
+        take_rows({**batch, "other": torch.zeros(5)}, slice(0, 2), 3)

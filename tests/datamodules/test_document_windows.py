@@ -15,10 +15,10 @@ from lightning_llm.datamodules.document_windows import (
     collate_documents,
     document_window_table,
     group_documents,
-    pool_windows,
     surrounding_ids,
 )
 from lightning_llm.datamodules.tokenizer import byte_tokenizer
+from lightning_llm.pooling import pool_windows
 
 LENGTHS = st.lists(st.integers(0, 60), min_size=1, max_size=12)
 AFFIXES = {"pad_token_id": 0, "prefix_ids": [1], "suffix_ids": [2]}

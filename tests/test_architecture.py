@@ -26,6 +26,7 @@ PURE = [
     *(f"datamodules/{name}.py" for name in ("mixture", "document_windows", "rows", "shorter_rows")),
     *(f"datamodules/batches/{name}.py" for name in ("plan", "budget", "budget_plan", "global_batch_plan", "settings")),
     *(f"datamodules/examples/{name}.py" for name in ("records", "class_names", "labels", "store", "dataset", "texts")),
+    *(f"datamodules/multi_task/{name}.py" for name in ("order", "plan", "rows")),
     *(f"datamodules/questions/{name}.py" for name in ("question_windows", "question_answering", "answers")),
 ]
 MODULES = sorted(
@@ -39,8 +40,10 @@ MODULES = sorted(
         "lightning_llm.datamodules",
         "lightning_llm.datamodules.batches",
         "lightning_llm.datamodules.examples",
+        "lightning_llm.datamodules.multi_task",
         "lightning_llm.datamodules.questions",
         "lightning_llm.datamodules.streams",
+        "lightning_llm.multi_task",
         "lightning_llm.planning",
         "lightning_llm.sequence_windows",
         "lightning_llm.tasks",

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from lightning_llm.compatibility import check_length
 from lightning_llm.head_loss import LossKernel
-from lightning_llm.loss import TokenLoss
+from lightning_llm.loss import IGNORE_INDEX, TokenLoss
 from lightning_llm.tasks.labels import agreed_labels, set_labels
 
 
@@ -98,6 +98,10 @@ class Task(ABC):
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> TokenLoss:
         """Run the model on a batch; return the summed loss and its weight, by which its mean is taken."""
 
+    def num_targets(self, batch: Mapping[str, Any]) -> Tensor:
+        """The weight that :meth:`loss` will give a batch, from its targets alone; shape ()."""
+        return num_labels(batch["labels"])
+
     @abstractmethod
     def score(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Run the model on a batch, with or without labels; return what prediction gives, an entry for each row."""
@@ -121,3 +125,8 @@ class Task(ABC):
     @abstractmethod
     def evaluate(self, model: nn.Module, batch: Mapping[str, Any], metrics: Any) -> None:
         """Run the model on a batch and add it to what :meth:`metrics` made."""
+
+
+def num_labels(labels: Tensor) -> Tensor:
+    """How many of some labels are targets: numbers that are no NaN, classes that are not -100; shape ()."""
+    return (~labels.isnan() if labels.is_floating_point() else labels != IGNORE_INDEX).sum()

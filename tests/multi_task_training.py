@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from task_models import BERT
@@ -15,13 +14,13 @@ from lightning_llm.optimizers import decay_groups
 
 MODEL = {**BERT, "vocab_size": 300, "max_position_embeddings": 64}
 TASKS = {
-    "topic": {"task": "sequence-classification"},
-    "grade": {"task": "sequence-classification"},
+    "topic": {"task": "sequence-classification", "labels": ["a", "b", "c"]},
+    "grade": {"task": "sequence-classification", "labels": 1},
     "lm": "masked-lm",
 }
 WEIGHTS = {"topic": 1.0, "grade": 0.25, "lm": 0.5}
 SIZES = {"topic": 22, "grade": 14}
-WORDS = "the cat sat on a mat while seven dogs slept under an old tree in the sun".split()
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "seven", "dogs", "slept", "under", "an", "old", "tree"]
 
 
 def texts(number, seed):
@@ -62,9 +61,7 @@ def data(folder, sampling="size", global_batch_size=11, **options):
     (folder / "text").mkdir(exist_ok=True, parents=True)
     for index, text in texts(12, 2):
         (folder / "text" / f"{index:02}.txt").write_text(text + " end")
-    text = MaskedTextDataModule(
-        str(folder / "text"), windowing="documents", validation_fraction=0.2, seed=1, **common
-    )
+    text = MaskedTextDataModule(str(folder / "text"), windowing="documents", validation_fraction=0.2, seed=1, **common)
     numbers = {"problem_type": "regression", "validation_fraction": 0.2}
     parts: dict[str, RowDataModule] = {
         "topic": TextClassificationDataModule(topic, validation_fraction=0.2, allow_empty_classes=True, **common),
@@ -77,7 +74,12 @@ def data(folder, sampling="size", global_batch_size=11, **options):
 def module(cls=MultiTaskModule, **options):
     defaults = {"lr_schedule": "constant", "warmup": 0, "weight_decay": 0.1, "dtype": "float64", "eps": 1e-3}
     torch.manual_seed(0)
-    return cls(dict(MODEL), TASKS, **{"weights": WEIGHTS, "learning_rate": 1e-2, **defaults, **options})
+    made = cls(dict(MODEL), TASKS, **{"weights": WEIGHTS, "learning_rate": 1e-2, **defaults, **options})
+    made.configure_model()
+    with torch.no_grad():  # heads and norms begin at 0 and 1: values that hide mistakes
+        for parameter in made.model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return made
 
 
 def weights(module):
@@ -110,18 +112,27 @@ class Gradients(Callback):
         self.steps.append({name: p.grad.clone() for name, p in named if p.grad is not None})
 
 
-def trained(folder, make_trainer=L.Trainer, micro_batches=3, callbacks=(), made=None, loaded=None, ckpt_path=None, **options):
+def trained(folder, make_trainer, micro_batches=3, callbacks=(), made=None, loaded=None, **options):
     """Train; return the module and its trainer."""
-    fit_options = {name: options.pop(name) for name in ("max_steps", "max_epochs", "strategy", "devices") if name in options}
+    names = ("max_steps", "max_epochs", "enable_checkpointing", "limit_val_batches")
+    of_trainer = {name: options.pop(name) for name in names if name in options}
+    ckpt_path = options.pop("ckpt_path", None)
     made = made or module(**options)
-    loaded = loaded or data(folder)
     trainer = make_trainer(
-        **{"max_epochs": 2, **fit_options},
+        **{"max_epochs": 2, "limit_val_batches": 0, **of_trainer},
         accumulate_grad_batches=micro_batches,
         callbacks=[TokenWeightedAccumulation(), *callbacks],
     )
-    trainer.fit(made, loaded, ckpt_path=ckpt_path)
+    trainer.fit(made, loaded or data(folder), ckpt_path=ckpt_path)
     return made, trainer
+
+
+def prepared(folder):
+    """The data modules, to be asked for rows."""
+    loaded = data(folder)
+    loaded.prepare_data()
+    loaded.setup("fit")
+    return loaded
 
 
 def batches_of(loaded, rows):

@@ -77,7 +77,7 @@ class MultiTaskModule(LLMModule):
         **options: Any,
     ) -> None:
         for name in _OF_ONE_TASK:
-            if options.pop(name, None):
+            if options.pop(name, None) not in (None, False, "causal-lm"):  # which the command line passes as defaults
                 raise ValueError(f"`{name}` is for one task: MultiTaskModule has `tasks`, each with its own settings.")
         if isinstance(model, nn.Module):
             raise ValueError(
@@ -286,5 +286,6 @@ class MultiTaskModule(LLMModule):
 
     def _prepare_layers(self, model: nn.Module) -> None:
         assert isinstance(model, MultiTaskModel)
-        for name, part in model.tasks.items():
-            self._prepare(part, packs=self.task.tasks[name].packs)
+        packs = any(task.packs for task in self.task.tasks.values())
+        for part in model.tasks.values():  # all alike: shared layers ask the configuration of one of them
+            self._prepare(part, packs)

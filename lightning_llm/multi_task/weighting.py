@@ -149,7 +149,7 @@ class UncertaintyWeighting(TaskWeighting):
 
     def current(self) -> dict[str, float]:
         """By the variances."""
-        return {name: weight * math.exp(-float(self.log_variances[name])) for name, weight in self.base.items()}
+        return {name: weight * math.exp(-self.log_variances[name].item()) for name, weight in self.base.items()}
 
 
 class GradientNormWeighting(TaskWeighting):

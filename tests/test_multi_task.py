@@ -159,7 +159,8 @@ def test_heads_of_absent_tasks_stay_bitwise_as_they_are(quiet_trainer):
         changed[part] += int(not torch.equal(value, after_first[name]))
         if part == "grade":
             assert torch.equal(value, start[name])
-    assert changed["topic"] and changed["trunk"]
+    assert changed["topic"]
+    assert changed["trunk"]
     assert changed["grade"] == changed["lm"] == 0  # of lm in spite of AdamW's momentum and decay
 
 
@@ -224,6 +225,26 @@ def test_gradient_norm_weighting_does_not_depend_on_the_cut(tmp_path, quiet_trai
     for other in (b, weights(scarce)):
         assert float((a - other).norm() / (a - begin).norm()) < 1e-11
     assert float((a[: len(fixed)] - fixed).norm()) > 1e-3  # and it does something
+
+
+def test_gradient_norms_of_a_decoder_are_measured_too(tmp_path, quiet_trainer):
+    """Whose chunked loss could be gone through backwards only once; with checkpointing, which computes again."""
+    tiny = {"model_type": "llama", "vocab_size": 300, "hidden_size": 16, "intermediate_size": 16, "pad_token_id": 0}
+    tiny |= {"num_hidden_layers": 2, "num_attention_heads": 2}
+    tasks = {"lm": "causal-lm", "topic": TASKS["topic"]}
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        options = {"gradient_checkpointing": checkpointing, "offload": checkpointing, "dtype": "float64"}
+        made = MultiTaskModule(tiny, tasks, weighting="gradient_norm", **options)
+        batches = own_loader(["topic", "lm"])
+        for batch in batches:
+            batch["step_targets"] = {"topic": 3, "lm": int((batches[1]["labels"][:, 1:] != -100).sum())}
+        trainer = quiet_trainer(max_epochs=1, accumulate_grad_batches=2, callbacks=[TokenWeightedAccumulation()])
+        trainer.fit(made, Positions(batches))
+        found.append(made.weighting.norms)
+    assert (found[0] > 0).all()
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=0)
 
 
 def test_tasks_that_learned_less_get_more():
@@ -386,6 +407,7 @@ def test_two_ranks_train_as_one(tmp_path, quiet_trainer, run_ranks):
         ({"a": "masked-lm"}, {"weighting": "magic"}, "fixed, uncertainty, gradient_norm, but got 'magic'"),
         ({"a": "masked-lm"}, {"weighting_options": {"alpha": 1}}, "the others have none"),
         ({"a": "masked-lm"}, {"weighting": "gradient_norm", "weighting_options": {"decay": 2}}, "`decay` must lie"),
+        ({"a": "causal-lm"}, {"weighting": "gradient_norm", "loss_kernel": "cce"}, "backwards twice"),
         ({"a": "masked-lm"}, {"sequence_window": 8}, "`sequence_window` is for one task"),
         ({"a": "masked-lm"}, {"labels": ["x"]}, "`labels` is for one task"),
     ],
@@ -452,7 +474,19 @@ def test_configuration_in_the_repository_trains_from_the_command_line(tmp_path, 
         str(tmp_path),
         "--trainer.logger.init_args.save_dir",
     ]
-    main(["fit", "--config", "configs/multi_task.yaml", *short, str(tmp_path), "--trainer.val_check_interval", "1"])
+    main(
+        [
+            "fit",
+            "--config",
+            "configs/multi_task.yaml",
+            *short,
+            str(tmp_path),
+            "--trainer.val_check_interval",
+            "1",
+            "--trainer.log_every_n_steps",
+            "1",
+        ]
+    )
     (path,) = tmp_path.rglob("metrics.csv")
     header = path.read_text().splitlines()[0]
     assert "val/topic/accuracy" in header

@@ -45,6 +45,14 @@ SMALL = {
         "hidden_size": 16,
         "eval_batches": 1,
     },
+    "07b_multi_task": {
+        "num_steps": 6,
+        "seeds": (0,),
+        "num_labelled": 64,
+        "vocab_size": 300,
+        "max_length": 32,
+        "hidden_size": 16,
+    },
 }
 WRITTEN = {"01_quickstart": "huggingface/last/model.safetensors"}
 

@@ -45,7 +45,8 @@ class MultiTaskModule(LLMModule):
         weighting: ``fixed``: ``weights`` as they are. ``uncertainty``: variances are learned
             (:class:`~lightning_llm.multi_task.weighting.UncertaintyWeighting`). ``gradient_norm``: all tasks' gradients
             are made equally long at the last layer that all share
-            (:class:`~lightning_llm.multi_task.weighting.GradientNormWeighting`).
+            (:class:`~lightning_llm.multi_task.weighting.GradientNormWeighting`); language models then make the logits of
+            all positions.
         weighting_options: Of ``gradient_norm``: ``alpha`` and ``decay``.
         **options: Of :class:`~lightning_llm.LLMModule`: optimizer, schedule, memory, types.
 
@@ -85,10 +86,17 @@ class MultiTaskModule(LLMModule):
                 f"folder, hub id or configuration."
             )
         known = task_weights(list(tasks), weights)
-        task = MultiTask(tasks, known, options.get("loss_kernel", "chunked"))
+        rule, kernel = make_weighting(weighting, known, weighting_options), options.get("loss_kernel", "chunked")
+        if rule.measures and kernel in ("liger", "cce"):
+            raise ValueError(
+                f"weighting={weighting!r} goes through each loss backwards twice, which loss_kernel={kernel!r} does not "
+                f"allow. Leave it out."
+            )
+        # The chunked loss of a decoder gives its gradient away once too.
+        task = MultiTask(tasks, known, "plain" if rule.measures and kernel == "chunked" else kernel)
         super().__init__(model, task=task, **options)
         self.save_hyperparameters(ignore=["model", *_OF_ONE_TASK])
-        self.weighting = make_weighting(weighting, known, weighting_options)
+        self.weighting = rule
         self._step = TaskStep(list(task.tasks))
         self._task_batch: TaskMicroBatch | None = None
 

@@ -147,7 +147,7 @@ class LLMModule(L.LightningModule):
             offload=offload,
             context_parallel=context_parallel,
         )
-        self.save_hyperparameters(ignore=["model"])
+        self.save_hyperparameters(ignore=["model"] if isinstance(task, str) else ["model", "task"])
         self.source = model
         self.config = resolve_config(model, trust_remote_code=trust_remote_code)
         self.model: nn.Module | None = model if isinstance(model, nn.Module) else None

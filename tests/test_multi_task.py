@@ -322,6 +322,17 @@ def test_each_exported_folder_answers_in_a_pipeline_as_the_module_does(tmp_path,
     assert len(list((tmp_path / "hf").glob("step-*"))) == 2  # what no link names was removed
 
 
+def test_a_task_of_ones_own_is_taken_as_it_is():
+    from lightning_llm.tasks import MaskedLM
+
+    class Mine(MaskedLM):
+        pass
+
+    made = LLMModule(dict(MODEL), Mine("plain"))
+    assert type(made.task) is Mine
+    assert "task" not in made.hparams  # a checkpoint holds plain values alone
+
+
 def test_pretrained_trunk_and_heads_are_taken(tmp_path):
     made = module()
     made.model.save_pretrained(tmp_path)

@@ -50,14 +50,15 @@ class MultiTaskLoader(RowLoader):
 
     def _counted(self) -> Iterator[dict[str, Any]]:
         assert self.trainer is not None
-        batches = super().__iter__()
+        position, batches = self._beginning()[0], super().__iter__()
         while True:
             # An epoch that the Trainer limits may end within a step, which then is a short one.
-            left = limited(self.trainer, len(self)) - self._delivered if self._length is not None else None
+            left = limited(self.trainer, len(self)) - position
             size = self._layout.micro_batches
-            step = list(islice(batches, size if left is None or left <= 0 else min(size, left)))
+            step = list(islice(batches, min(size, left) if left > 0 else size))
             if not step:
                 return
+            position += len(step)
             yield from self._with_counts(step)
 
     def _with_counts(self, step: list[dict[str, Any]]) -> list[dict[str, Any]]:

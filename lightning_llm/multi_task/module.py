@@ -45,8 +45,8 @@ class MultiTaskModule(LLMModule):
         weighting: ``fixed``: ``weights`` as they are. ``uncertainty``: variances are learned
             (:class:`~lightning_llm.multi_task.weighting.UncertaintyWeighting`). ``gradient_norm``: all tasks' gradients
             are made equally long at the last layer that all share
-            (:class:`~lightning_llm.multi_task.weighting.GradientNormWeighting`); language models then make the logits of
-            all positions.
+            (:class:`~lightning_llm.multi_task.weighting.GradientNormWeighting`); causal language models then make all
+            their logits.
         weighting_options: Of ``gradient_norm``: ``alpha`` and ``decay``.
         **options: Of :class:`~lightning_llm.LLMModule`: optimizer, schedule, memory, types.
 
@@ -89,8 +89,8 @@ class MultiTaskModule(LLMModule):
         rule, kernel = make_weighting(weighting, known, weighting_options), options.get("loss_kernel", "chunked")
         if rule.measures and kernel in ("liger", "cce"):
             raise ValueError(
-                f"weighting={weighting!r} goes through each loss backwards twice, which loss_kernel={kernel!r} does not "
-                f"allow. Leave it out."
+                f"weighting={weighting!r} goes through each loss backwards twice, which loss_kernel={kernel!r} does "
+                f"not allow. Leave it out."
             )
         # The chunked loss of a decoder gives its gradient away once too.
         task = MultiTask(tasks, known, "plain" if rule.measures and kernel == "chunked" else kernel)

@@ -180,18 +180,19 @@ def test_a_checkpoint_over_other_tasks_or_shares_is_refused(tmp_path, quiet_trai
         trained(tmp_path, quiet_trainer, loaded=other, ckpt_path=tmp_path / "last.ckpt", max_steps=4)
 
 
-def test_an_epoch_that_the_trainer_limits_within_a_step_counts_that_step_right(tmp_path, quiet_trainer):
+@pytest.mark.parametrize("limit", [6, 2])
+def test_an_epoch_that_the_trainer_limits_within_a_step_counts_that_step_right(tmp_path, quiet_trainer, limit):
     made = module()
     from lightning_llm.callbacks import TokenWeightedAccumulation
 
     seen = Seen()
     trainer = quiet_trainer(
-        max_epochs=1, accumulate_grad_batches=4, limit_train_batches=6, limit_val_batches=0,
+        max_epochs=1, accumulate_grad_batches=4, limit_train_batches=limit, limit_val_batches=0,
         callbacks=[TokenWeightedAccumulation(), seen],
     )  # fmt: skip
     trainer.fit(made, data(tmp_path))
-    assert len(seen.tasks) == 6
-    assert trainer.global_step == 2
+    assert len(seen.tasks) == limit
+    assert trainer.global_step == -(-limit // 4)
 
 
 def test_global_batch_on_a_schedule(tmp_path, quiet_trainer):

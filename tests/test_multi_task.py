@@ -408,6 +408,7 @@ def test_two_ranks_train_as_one(tmp_path, quiet_trainer, run_ranks):
     ("tasks", "options", "text"),
     [
         ({}, {}, "mapping of names to tasks, one at least"),
+        (None, {}, "mapping of names to tasks, one at least, but got None"),
         ({"a": "no-such"}, {}, "`task` must be one of .*but got 'no-such'"),
         ({"a": {"labels": 3}}, {}, "'a' must be a name such as 'masked-lm', or a mapping with `task`"),
         ({"a": {"task": "masked-lm", "label": 3}}, {}, "must be a name such as"),
@@ -434,6 +435,10 @@ def test_built_models_plans_and_models_that_share_nothing_are_refused():
         MultiTaskModule(built, {"a": "masked-lm"})
     with pytest.raises(ValueError, match="Plans are made for one task"):
         module().plan(64)
+    sharded = module()
+    sharded._device_mesh = object()
+    with pytest.raises(ValueError, match="trains whole models: use one device or DDPStrategy"):
+        sharded.setup("fit")
     other = LLMModule({**MODEL, "hidden_size": 8}, "masked-lm")
     other.configure_model()
     with pytest.raises(ValueError, match="differ in `embeddings`"):

@@ -85,7 +85,7 @@ class MultiTaskModule(LLMModule):
                 f"MultiTaskModule builds a model for each task, but got a built {type(model).__name__}. Pass its "
                 f"folder, hub id or configuration."
             )
-        known = task_weights(list(tasks), weights)
+        known = task_weights(list(tasks) if isinstance(tasks, Mapping) else [], weights)
         rule, kernel = make_weighting(weighting, known, weighting_options), options.get("loss_kernel", "chunked")
         if rule.measures and kernel in ("liger", "cce"):
             raise ValueError(

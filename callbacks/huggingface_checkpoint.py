@@ -35,7 +35,7 @@ class HuggingFaceCheckpoint(L.Callback):
     ``<dirpath>/last`` and ``<dirpath>/best`` are links to ``<dirpath>/step-<optimizer step>``. A folder is written
     beside its place, renamed when it is whole, and only then linked, so a reader or a crash never meets half of one;
     folders that neither link names are removed. Sharded (FSDP2) parameters are gathered on rank 0. A module's method
-    ``write_beside(folder)`` may add files of its own.
+    ``write_beside(folder)`` may add files of its own, and a module of several tasks has a folder for each of them.
 
     Args:
         dirpath: Where; ``huggingface`` in the logger's folder if None.
@@ -232,7 +232,8 @@ def write_folder(
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(str(unfinished), **({} if weights is None else {"state_dict": weights}))
     if tokenizer is not None:
-        tokenizer.save_pretrained(str(unfinished))
+        for part in getattr(model, "subfolders", ["."]):  # a model of several tasks writes a folder for each
+            tokenizer.save_pretrained(str(unfinished / part))
     if write_beside is not None:
         write_beside(unfinished)
     unfinished.rename(folder)
@@ -247,7 +248,8 @@ def write_folder(
 
 def _is_ours(folder: Path) -> bool:
     """A folder that this callback wrote, and no other step-something that lies there."""
-    holds_model = (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()
+    names = ("config.json", "adapter_config.json")
+    holds_model = any((folder / name).is_file() or any(folder.glob(f"*/{name}")) for name in names)
     return holds_model and re.fullmatch(r"step-\d{8}(-\d+)?", folder.name) is not None
 
 

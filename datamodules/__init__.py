@@ -10,6 +10,7 @@ from lightning_llm.datamodules.examples.seq2seq import Seq2SeqDataModule
 from lightning_llm.datamodules.examples.text_classification import TextClassificationDataModule
 from lightning_llm.datamodules.examples.token_classification import TokenClassificationDataModule
 from lightning_llm.datamodules.masked_text import MaskedTextDataModule
+from lightning_llm.datamodules.multi_task.data_module import MultiTaskDataModule
 from lightning_llm.datamodules.streaming_text import StreamingTextDataModule
 from lightning_llm.datamodules.text import TextDataModule
 
@@ -18,6 +19,7 @@ __all__ = [
     "ChatDataModule",
     "ImageClassificationDataModule",
     "MaskedTextDataModule",
+    "MultiTaskDataModule",
     "PairDataModule",
     "PreferenceDataModule",
     "QuestionAnsweringDataModule",

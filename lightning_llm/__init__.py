@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_llm.int8_export import export_int8
     from lightning_llm.isolation import verify_packing
     from lightning_llm.module import LLMModule
+    from lightning_llm.multi_task.module import MultiTaskModule
     from lightning_llm.ramps import ramp
     from lightning_llm.run_length import total_optimizer_steps
     from lightning_llm.schedule import Progress, Schedule
@@ -24,6 +25,7 @@ __all__ = [
     "ActivationOffload",
     "Duration",
     "LLMModule",
+    "MultiTaskModule",
     "Progress",
     "Schedule",
     "Seesaw",
@@ -42,6 +44,7 @@ _HOME = {
     "ActivationOffload": "lightning_llm.activation_offload",
     "Duration": "lightning_llm.duration",
     "LLMModule": "lightning_llm.module",
+    "MultiTaskModule": "lightning_llm.multi_task.module",
     "Progress": "lightning_llm.schedule",
     "Schedule": "lightning_llm.schedule",
     "Seesaw": "lightning_llm.seesaw",

@@ -139,12 +139,14 @@ def _run_trainer(arguments: list[str] | None, starts: bool = True) -> Any:
             """Keep what ``fit`` would be called with."""
             self.fit_arguments = fit_arguments
 
-    names_class = _names_data_class(sys.argv[1:] if arguments is None else arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    names_data, names_model = _names_class("data", given), _names_class("model", given)
     strict = {"allow_abbrev": False, "exit_on_error": starts}  # a misspelt argument is an error, not a guess
     return (TrainingCLI if starts else WaitingCLI)(
         LLMModule,
-        LightningDataModule if names_class else TextDataModule,
-        subclass_mode_data=names_class,
+        LightningDataModule if names_data else TextDataModule,
+        subclass_mode_model=names_model,
+        subclass_mode_data=names_data,
         args=arguments,
         auto_configure_optimizers=False,
         parser_kwargs={
@@ -157,19 +159,21 @@ def _run_trainer(arguments: list[str] | None, starts: bool = True) -> Any:
     )
 
 
-def _names_data_class(arguments: Sequence[str]) -> bool:
-    """Whether ``data`` is given as a class (``class_path``), and not as the arguments of ``TextDataModule``."""
+def _names_class(part: str, arguments: Sequence[str]) -> bool:
+    """Whether ``model`` or ``data`` is given as a class (``class_path``), and not as the arguments of the usual one."""
     import yaml
 
     values = [*arguments[1:], ""]
     for argument, following in zip(arguments, values, strict=True):
         option, equals, value = argument.partition("=")
         value = value if equals else following
-        if option == "--data.class_path" or (option == "--data" and not value.endswith((".yaml", ".yml", ".json"))):
+        if option == f"--{part}.class_path":
+            return True
+        if option == f"--{part}" and not value.endswith((".yaml", ".yml", ".json")):
             return True
         if option in ("--config", "-c") and Path(value).is_file():
-            data = (yaml.safe_load(Path(value).read_text()) or {}).get("data")
-            if isinstance(data, dict) and "class_path" in data:
+            given = (yaml.safe_load(Path(value).read_text()) or {}).get(part)
+            if isinstance(given, dict) and "class_path" in given:
                 return True
     return False
 

@@ -35,6 +35,7 @@ from lightning_llm.quantization import check_quantization, check_training
 from lightning_llm.run_length import tokens_of, total_optimizer_steps
 from lightning_llm.sharding import build_sharded, copy_sharded, mesh_to_shard
 from lightning_llm.step_window import MicroBatch, StepWindow
+from lightning_llm.tasks.base import Task
 from lightning_llm.tasks.choice import choose_task
 from lightning_llm.tasks.context_parallel_causal_lm import ContextParallelCausalLM
 from lightning_llm.tasks.windowed_causal_lm import WindowedCausalLM
@@ -58,7 +59,7 @@ class LLMModule(L.LightningModule):
             transformers configuration (random weights), a ``PretrainedConfig`` (random weights), or a built model.
         task: What is trained: ``causal-lm``, ``masked-lm``, ``seq2seq``, ``sequence-classification``,
             ``token-classification``, ``question-answering``, ``image-classification``, ``audio-classification``,
-            ``dpo``, ``embedding``.
+            ``dpo``, ``embedding``; or a :class:`~lightning_llm.tasks.base.Task` of your own.
         labels: A classifier's classes, names or how many; if None the data module's ``label_names``, else the model's.
         task_options: What the task takes beside, such as ``{"problem_type": "multi_label_classification"}``; see
             :mod:`lightning_llm.tasks`.
@@ -121,7 +122,7 @@ class LLMModule(L.LightningModule):
     def __init__(
         self,
         model: str | dict[str, Any] | Any,  # Any, as the command line's help would list every class of torch
-        task: str = "causal-lm",
+        task: str | Any = "causal-lm",  # Any: a Task
         learning_rate: float = 3e-4,
         weight_decay: float = 0.1,
         betas: tuple[float, float] = ADAMW_BETAS,
@@ -159,7 +160,7 @@ class LLMModule(L.LightningModule):
             raise ValueError(
                 "`sequence_window='auto'` chooses checkpointing itself: leave `gradient_checkpointing` out."
             )
-        self.task = choose_task(
+        self.task: Task = choose_task(
             *(task, loss_kernel, task_options),
             sequence_window=sequence_window,
             offload=offload,
@@ -174,7 +175,7 @@ class LLMModule(L.LightningModule):
         check_quantization(quantization, model, checkpoint)
         checkpoint = checkpoint or ("whole" if quantization is None else "trainable")
         check_source(checkpoint, model)
-        self.save_hyperparameters(ignore=["model"])
+        self.save_hyperparameters(ignore=["model"] if isinstance(task, str) else ["model", "task"])
         self.source = model
         self.config = resolve_config(model, trust_remote_code=trust_remote_code)
         self.model: nn.Module | None = model if isinstance(model, nn.Module) else None
@@ -337,41 +338,40 @@ class LLMModule(L.LightningModule):
         """Build the model where the strategy wants it: sharded over its device mesh, else whole on the host."""
         if self._prepared:
             return
-        dtype = resolve_dtype(self.dtype_name)
-
-        def build(load_weights: bool) -> nn.Module:
-            model = build_model(
-                self.source,
-                self.config,
-                self.task.auto_class,
-                dtype=dtype,
-                attn_implementation=self.attn_implementation,
-                trust_remote_code=self.trust_remote_code,
-                load_weights=load_weights,
-                fresh_head=self.task.has_labels,
-                quantization=self.quantization,
-            )
-            model = model if self.peft is None else add_adapter(model, self.peft, self.task.auto_class)
-            return self.task.complete(model, self.source if load_weights else None)
-
         if self.device_mesh is not None:
             check_sharding(self.peft, self.quantization)
             if self.checkpoint == "trainable":
                 check_strategy(self.trainer.strategy)
                 self.strict_loading = False  # what is not in a checkpoint stays as it was built
             mesh = mesh_to_shard(self.device_mesh, self.source, isinstance(self.task, ContextParallelCausalLM))
-            model = build_sharded(build, mesh, self._root_device(), self._prepare_layers)
-            copy = partial(copy_sharded, model, build, mesh, self._root_device())
+            model = build_sharded(self._build, mesh, self._root_device(), self._prepare_layers)
+            copy = partial(copy_sharded, model, self._build, mesh, self._root_device())
             self.model = model
         else:
             with torch.device("cpu"):  # the same random weights for a seed on every accelerator
-                self.model = build(True)
+                self.model = self._build(True)
             self._prepare_layers(self.model)
             copy = partial(deepcopy, self.model)
         if not any(module.training for module in self.model.modules()):
             self.model.train()  # from_pretrained leaves a model in evaluation mode, and Lightning would keep it there
         self.task.built(self.model, copy)
         self._prepared = True
+
+    def _build(self, load_weights: bool) -> nn.Module:
+        """The model on the current default device; without weights only its architecture."""
+        model = build_model(
+            self.source,
+            self.config,
+            self.task.auto_class,
+            dtype=resolve_dtype(self.dtype_name),
+            attn_implementation=self.attn_implementation,
+            trust_remote_code=self.trust_remote_code,
+            load_weights=load_weights,
+            fresh_head=self.task.has_labels,
+            quantization=self.quantization,
+        )
+        model = model if self.peft is None else add_adapter(model, self.peft, self.task.auto_class)
+        return self.task.complete(model, self.source if load_weights else None)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move or cast the parameters, but leave buffers as precise as the model made them.
@@ -489,7 +489,7 @@ class LLMModule(L.LightningModule):
         """The optimizer, and the schedule stepped once per optimizer step."""
         optimizer = make_optimizer(
             self.optimizer,
-            self._built(),
+            self._trained(),
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
             betas=self.betas,
@@ -577,6 +577,10 @@ class LLMModule(L.LightningModule):
             return {"total_steps": length.value}
         return {"total_tokens": tokens_of(self.trainer, length)}
 
+    def _trained(self) -> nn.Module:
+        """What the optimizer steps."""
+        return self._built()
+
     def _built(self) -> nn.Module:
         if self.model is None:
             raise RuntimeError("The model is not built yet: the Trainer builds it, or call `configure_model()` first.")
@@ -627,7 +631,10 @@ class LLMModule(L.LightningModule):
         rank_zero_info(f"sequence_window='auto': {plan.reason}")
 
     def _prepare_layers(self, model: nn.Module) -> None:
-        if self._trainer is not None and self.attn_implementation is None and self.task.packs:
+        self._prepare(model, packs=self.task.packs)
+
+    def _prepare(self, model: nn.Module, packs: bool) -> None:
+        if self._trainer is not None and self.attn_implementation is None and packs:
             use_packed_attention(model, self._root_device())
         if self.gradient_checkpointing:
             # Newer transformers have renamed the method; the old name must be told not to be reentrant.

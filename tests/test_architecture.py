@@ -33,6 +33,7 @@ PURE = [
     *("datamodules/examples/token_labels.py", "datamodules/masking.py"),
     *(f"datamodules/questions/{name}.py" for name in ("question_windows", "question_answering", "answers", "scores")),
     "datamodules/examples/long_texts.py",
+    *(f"datamodules/multi_task/{name}.py" for name in ("order", "plan", "rows")),
 ]
 MODULES = sorted(
     info.name
@@ -46,8 +47,10 @@ MODULES = sorted(
         "lightning_llm.datamodules",
         "lightning_llm.datamodules.batches",
         "lightning_llm.datamodules.examples",
+        "lightning_llm.datamodules.multi_task",
         "lightning_llm.datamodules.questions",
         "lightning_llm.datamodules.streams",
+        "lightning_llm.multi_task",
         "lightning_llm.planning",
         "lightning_llm.search",
         "lightning_llm.sequence_windows",

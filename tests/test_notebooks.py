@@ -47,6 +47,14 @@ SMALL = {
     },
     "08_images": {"max_epochs": 2, "batch_size": 48, "width": 4, "piece_sizes": (48, 20)},
     "07_tasks": {"per_package": 4, "max_packages": 2, "max_windows": 2, "epochs": 1, "seeds": (0,)},
+    "07b_multi_task": {
+        "num_steps": 6,
+        "seeds": (0,),
+        "num_labelled": 64,
+        "vocab_size": 300,
+        "max_length": 32,
+        "hidden_size": 16,
+    },
 }
 WRITTEN = {"01_quickstart": "huggingface/last/model.safetensors"}
 

@@ -67,7 +67,7 @@ class GlobalBatchPlan:
         while (num_rows := self._take(cursor)) > 0:
             positions = np.arange(cursor.rows, cursor.rows + num_rows)
             rows = self.order.rows(positions, cursor.epoch)
-            slots = self._cut(rows, layout.micro_batches * layout.num_ranks)
+            slots = self._slots(rows, layout)
             done = replace(cursor, rows=cursor.rows + num_rows, steps=cursor.steps + 1)
             for micro_batch in range(layout.micro_batches):
                 is_last = micro_batch == layout.micro_batches - 1  # before it, nothing of the step is trained
@@ -129,6 +129,10 @@ class GlobalBatchPlan:
         size = self.step_rows(cursor)
         left = self.order.num_rows - cursor.rows
         return 0 if self.drop_last and left < size else min(size, left)
+
+    def _slots(self, rows: Int64Array, layout: Layout) -> Sequence[Int64Array]:
+        """The rows of each micro-batch of each rank: all ranks of the first, then of the second, ..."""
+        return self._cut(rows, layout.micro_batches * layout.num_ranks)
 
     def _cut(self, rows: Int64Array, num_slots: int) -> Sequence[Int64Array]:
         if self.lengths is None:

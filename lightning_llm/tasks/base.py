@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from lightning_llm.compatibility import check_length
 from lightning_llm.head_loss import LossKernel
-from lightning_llm.loss import TokenLoss
+from lightning_llm.loss import IGNORE_INDEX, TokenLoss
 from lightning_llm.tasks.labels import agreed_labels, set_labels
 
 SHORTEST_WINDOW = 64  # tokens; below, passes over the keys cost more than the memory is worth
@@ -130,6 +130,10 @@ class Task(ABC):
         """As :meth:`loss`, with sums and counts of what else is logged in training, by name; the same names always."""
         return self.loss(model, batch), {}
 
+    def num_targets(self, batch: Mapping[str, Any]) -> Tensor:
+        """The weight that :meth:`loss` will give a batch, from its targets alone; shape ()."""
+        return num_labels(batch["labels"])
+
     @abstractmethod
     def score(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Run the model on a batch, with or without labels; return what prediction gives, an entry for each row."""
@@ -184,3 +188,8 @@ class Task(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 - most have none
         """Go on with it."""
+
+
+def num_labels(labels: Tensor) -> Tensor:
+    """How many of some labels are targets: numbers that are no NaN, classes that are not -100; shape ()."""
+    return (~labels.isnan() if labels.is_floating_point() else labels != IGNORE_INDEX).sum()

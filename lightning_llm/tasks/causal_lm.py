@@ -11,7 +11,7 @@ from torchmetrics import Metric
 from lightning_llm.head_loss import causal_lm_loss, causal_lm_token_nll
 from lightning_llm.loss import IGNORE_INDEX, TokenLoss, shift_labels, token_nll
 from lightning_llm.metrics import LanguageModelingMetrics
-from lightning_llm.tasks.base import Task
+from lightning_llm.tasks.base import Task, num_labels
 from lightning_llm.unpacking import sum_rows
 from lightning_llm.virtual_tokens import beside_prompt, num_virtual_tokens
 
@@ -33,6 +33,10 @@ class CausalLM(Task):
         """Sum the cross-entropy over the batch's label tokens."""
         inputs = {**decoder_inputs(model, batch), "use_cache": False}
         return causal_lm_loss(model, inputs, labels_of(batch), loss_kernel=self.loss_kernel)
+
+    def num_targets(self, batch: Mapping[str, Any]) -> Tensor:
+        """Labels but each row's first."""
+        return num_labels(shift_labels(labels_of(batch)))
 
     def score(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Score each row: ``nll`` (rows,) in nats and ``num_tokens`` (rows,)."""

@@ -16,7 +16,7 @@ WINDOWED: dict[str, Callable[..., Task]] = {"causal-lm": WindowedCausalLM, "dpo"
 
 
 def choose_task(
-    name: str,
+    name: str | Task,
     loss_kernel: Any,
     options: Mapping[str, Any] | None = None,
     *,
@@ -27,7 +27,7 @@ def choose_task(
     """Make the task, after a look at what does not go together.
 
     Args:
-        name: Of the task.
+        name: Of the task; one that is made already is taken as it is.
         loss_kernel: ``chunked``, ``plain``, ``liger`` or ``cce``.
         options: What this task takes beside.
         sequence_window: Tokens in a window; None for whole rows; ``auto`` for whole rows until a plan is made.
@@ -37,6 +37,8 @@ def choose_task(
     Raises:
         ValueError: For an argument that is not understood, or two that do not go together.
     """
+    if isinstance(name, Task):
+        return name
     if name not in TASKS:
         raise ValueError(f"`task` must be one of {', '.join(TASKS)}, but got {name!r}.")
     if loss_kernel not in ("chunked", "plain", "liger", "cce"):

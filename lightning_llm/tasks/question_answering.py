@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 
 from lightning_llm.head_loss import LossKernel
 from lightning_llm.loss import IGNORE_INDEX, TokenLoss, accumulation_dtype, class_cross_entropy
+from lightning_llm.tasks.base import num_labels
 from lightning_llm.tasks.head import HeadTask
 from lightning_llm.tasks.labels import set_labels
 from lightning_llm.tasks.merging import AnswerMetrics, best_spans, columns_of
@@ -58,6 +59,11 @@ class QuestionAnswering(HeadTask):
         start, end = self._targets(output, batch)
         losses = class_cross_entropy(output.start_logits, start), class_cross_entropy(output.end_logits, end)
         return TokenLoss(losses[0].total + losses[1].total, losses[0].num_tokens + losses[1].num_tokens)
+
+    def num_targets(self, batch: Mapping[str, Any]) -> Tensor:
+        """Starts and ends that lie in the row, padding included."""
+        start, end = self._places(batch, next(batch[name] for name in self.inputs if name in batch).shape[1])
+        return num_labels(start) + num_labels(end)
 
     def outputs(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """Logits of starts and ends, (batch, seq, 2)."""
@@ -120,7 +126,9 @@ class QuestionAnswering(HeadTask):
 
     def _targets(self, output: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Places of starts and ends, (batch,) each, -100 where there is none."""
-        length = output.start_logits.shape[1]
+        return self._places(batch, output.start_logits.shape[1])
+
+    def _places(self, batch: Mapping[str, Any], length: int) -> tuple[Tensor, Tensor]:
         places = [self.target(batch, name).reshape(-1).clamp(min=0) for name in self.targets]
         start, end = (place.masked_fill(place >= length, IGNORE_INDEX) for place in places)
         return start, end

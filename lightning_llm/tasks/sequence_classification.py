@@ -13,6 +13,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from lightning_llm.head_loss import LossKernel
 from lightning_llm.loss import TokenLoss, accumulation_dtype, class_cross_entropy
+from lightning_llm.tasks.base import num_labels
 from lightning_llm.tasks.documents import (
     WindowPooling,
     attach_attention,
@@ -144,6 +145,11 @@ class SequenceClassification(HeadTask):
         else:
             losses = F.binary_cross_entropy_with_logits(logits, known, reduction="none")
         return TokenLoss(torch.where(is_target, losses, 0.0).sum(), is_target.sum())
+
+    def num_targets(self, batch: Mapping[str, Any]) -> Tensor:
+        """Rows with a class; else their values, of which any whole number is one."""
+        labels = batch["labels"]
+        return num_labels(labels if self.problem_type == "single_label_classification" else labels.double())
 
     def score(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """``logits``, ``probabilities`` (batch, num_labels) and ``predictions`` (batch,); ``values`` in regression."""

@@ -1,0 +1,1 @@
+"""Rows of several tasks in one order, an optimizer step at a time."""

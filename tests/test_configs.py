@@ -32,6 +32,9 @@ DIFFERENT = {
         "data": {"data": "docs/", "validation_data": "README.md", "tokenizer": "bytes", "max_length": 64},
         "trainer": {"precision": "32-true", "accumulate_grad_batches": 2, "accelerator": "cpu"},
     },
+    "multi_task": {  # one batch would be of one task, and val/loss is of all
+        "arguments": ["--trainer.enable_progress_bar", "false", "--trainer.limit_val_batches", "1.0"],
+    },
     "quickstart": {
         "model": {"model": {"vocab_size": 512}},
         "data": {"data": "docs/", "validation_data": "README.md", "vocab_size": 512},

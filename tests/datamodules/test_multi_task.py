@@ -266,10 +266,12 @@ def test_fewer_micro_batches_than_tasks_are_refused_before_training(tmp_path, qu
 
 
 def test_a_task_whose_rows_change_with_the_epoch_is_told_the_epoch(tmp_path):
-    masked = MaskedTextDataModule("python-stdlib", "bytes", max_length=32, cache_dir=str(tmp_path))
-    masked.setup("validate")  # a part of the corpus is enough
-    part = masked._dataset("validation")
+    (tmp_path / "text.txt").write_text("Some words to hide, and some to show. " * 20)
+    path = str(tmp_path / "text.txt")
+    masked = MaskedTextDataModule(path, "bytes", max_length=32, validation_fraction=0.0, cache_dir=str(tmp_path))
+    masked.setup("fit")
+    part = masked._dataset("train")
     rows = MultiTaskRows({"lm": part})
-    for epoch in (0, 3):
-        found = rows[RowIds([2, 5], epoch)]
-        assert torch.equal(found["labels"], part[RowIds([2, 5], epoch)]["labels"])
+    labels = [rows[RowIds([2, 5], epoch)]["labels"] for epoch in (0, 3)]
+    assert not torch.equal(*labels)
+    assert torch.equal(labels[1], part[RowIds([2, 5], 3)]["labels"])

@@ -162,13 +162,19 @@ def check_sharding(fields: AdapterFields | None, quantization: Any) -> None:
         quantization: How weights are quantised, or None.
 
     Raises:
-        ValueError: For quantised weights; prompts, which peft makes outside of the model's layers; and AdaLoRA, whose
-            ranks are chosen by whole gradients.
+        ValueError: For quantised weights; prompts, which peft makes outside of the model's layers; AdaLoRA, whose ranks
+            are chosen by whole gradients; and single tokens that train, of which peft's module has two names.
     """
-    kind = None if fields is None else fields["peft_type"]
-    is_prompt = fields is not None and adapter_config(fields, "AutoModelForCausalLM").is_prompt_learning
-    if quantization is not None or is_prompt or kind == "ADALORA":
-        what = "A quantised model" if quantization is not None else kind
+    what = None
+    if quantization is not None:
+        what = "A quantised model"
+    elif fields is not None and (fields.get("trainable_token_indices") or fields["peft_type"] == "TRAINABLE_TOKENS"):
+        what = "Training of single tokens"
+    elif fields is not None and (
+        fields["peft_type"] == "ADALORA" or adapter_config(fields, "AutoModelForCausalLM").is_prompt_learning
+    ):
+        what = fields["peft_type"]
+    if what is not None:
         raise ValueError(
             f"{what} does not work with parameters that are sharded over ranks. Use Trainer(strategy='ddp'), or LoRA, "
             f"DoRA or IA3 on weights that are not quantised."

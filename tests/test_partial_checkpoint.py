@@ -4,6 +4,7 @@ import lightning as L
 import pytest
 import torch
 from adapter_models import FIXED, LLAMA, METHODS, save_base
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from support import TINY_GPT2, Positions, pad_rows, ragged_rows
 from task_models import BERT, CASES, batch_of
 from torch.utils.data import DataLoader
@@ -102,6 +103,25 @@ def test_frozen_layers_without_an_adapter_are_left_out_too_with_tied_weights(qui
         LLMModule.load_from_checkpoint(path)
     resumed = fit(quiet_trainer, freeze(), 4, ckpt_path=path)
     assert torch.equal(resumed.model.lm_head.weight, module.model.lm_head.weight)
+
+
+def test_beside_an_average_of_weights_neither_state_holds_what_is_frozen(quiet_trainer, tmp_path):
+    """The average of frozen weights is another one by rounding; what is compared on loading must not be taken of it."""
+    base, path = save_base(tmp_path / "base"), tmp_path / "run.ckpt"
+
+    def run(ckpt_path=None, save=None, **options):
+        module = build(base, dtype="float32", **options)
+        callbacks = [TokenWeightedAccumulation(), EMAWeightAveraging(decay=0.8), SaveAfter(2, save)]
+        trainer = quiet_trainer(max_steps=4, accumulate_grad_batches=2, callbacks=callbacks)
+        trainer.fit(module, Positions(BATCHES), ckpt_path=ckpt_path, weights_only=True)
+        return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+    whole = run(save=path, checkpoint="trainable")
+    held = torch.load(path, weights_only=True)
+    for state in ("state_dict", "current_model_state"):
+        assert set(held[state]) == set(whole)
+    resumed = run(path, checkpoint="trainable")
+    assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
 
 
 def test_a_built_model_is_passed_again(quiet_trainer, tmp_path):

@@ -430,6 +430,11 @@ def test_options_out_of_range_are_refused(options, words):
         LLMModule(dict(GPT2), "dpo", task_options=options)
 
 
+def test_windows_need_a_number():
+    with pytest.raises(ValueError, match="'auto'` plans for the task 'causal-lm' only: give 'dpo' a number"):
+        LLMModule(dict(GPT2), "dpo", sequence_window="auto")
+
+
 def test_batches_come_from_plain_loaders_too(quiet_trainer):
     module = preferring()
     loader = DataLoader(make_pairs(6), 3, collate_fn=batch_of)

@@ -169,6 +169,16 @@ def test_random_weights_that_are_nowhere_else_are_refused():
         LLMModule(dict(LLAMA), checkpoint="adapter")
 
 
+def test_a_base_that_the_adapters_start_changes_is_refused(tmp_path):
+    base = save_base(tmp_path)
+    for start in ("pissa", "pissa_niter_4", "olora"):
+        fields = {**METHODS["LoRA"], "init_lora_weights": start}
+        with pytest.raises(ValueError, match="leaves out the base's weights, which init_lora_weights='"):
+            LLMModule(base, peft=fields, checkpoint="trainable")
+        LLMModule(base, peft=fields)
+    LLMModule(base, peft={**METHODS["LoRA"], "init_lora_weights": "gaussian"}, checkpoint="trainable")
+
+
 def test_a_pooler_that_the_folder_lacks_trains_and_is_kept(quiet_trainer, tmp_path):
     torch.manual_seed(0)
     config = BertConfig(**{k: v for k, v in BERT.items() if k != "model_type"})

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 _PRIME = 2**61 - 1
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # of peft's `init_lora_weights`
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # of peft's `init_lora_weights`
 
 
 class Reference:
@@ -130,7 +130,7 @@ def _check_adapter(model: Any) -> None:
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     trained = [name for name in trained if not name.startswith("prompt_encoder.")]
     starts = [str(getattr(config, "init_lora_weights", "")).lower() for config in model.peft_config.values()]
-    moved = [start for start in starts if start.startswith(_CHANGES_BASE)]
+    moved = [start for start in starts if start.startswith(CHANGES_BASE)]
     if trained or moved:
         reason = (
             f"weights of the base train as well, such as {trained[0]} (bias='none' leaves its biases as they are)"

@@ -87,6 +87,7 @@ class AdaLoraAllocation(L.Callback):
         self.log_name = log_name
         self._model: Any = None  # peft's AdaLoraModel
         self._is_final = False
+        self._is_stepping = False
         self._loaded: dict[str, Any] | None = None
         self._step_hook: Any = None
 
@@ -120,6 +121,7 @@ class AdaLoraAllocation(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Add the gradient of the penalty, if there is anything to learn in this step."""
+        self._is_stepping = True
         factors = [(name, factor) for name, factor in self._factors("lora_A", "lora_B") if factor.numel()]
         config = self._model.peft_config[self._model.trainable_adapter_name]
         if config.orth_reg_weight and any(factor.grad is not None for _, factor in factors):
@@ -178,6 +180,9 @@ class AdaLoraAllocation(L.Callback):
     @torch.no_grad()
     def _allocate(self, step: int) -> None:
         """After the optimizer's step, with the gradients that it was made with."""
+        if not self._is_stepping:  # another callback's rehearsal
+            return
+        self._is_stepping = False
         config = self._model.peft_config[self._model.trainable_adapter_name]
         last = config.total_step - config.tfinal
         without = [parameter for _, parameter in self._factors("lora_") if parameter.grad is None]

@@ -69,8 +69,8 @@ class MagnitudePruning(L.Callback):
         every_n_steps: Masks change after optimizer steps that are a multiple of this, and at the ramp's end.
         scope: ``layer``: each matrix has this share of zeros. ``global``: all of them together.
         modules: Regular expressions, searched in the names of linear layers (``nn.Linear``, and ``Conv1D`` of
-            transformers' GPT-2), one or several; None takes all but the output head. Matrices that are an
-            embedding's too, and frozen ones, are never taken.
+            transformers' GPT-2), one or several; None takes all but the head. Matrices that are an embedding's too, and
+            frozen ones, are never taken.
         structure: ``"2:4"``: of every four inputs of each output at least two stay, and exactly two at
             ``sparsity=0.5``; any n:m.
         token_fn: ``batch -> number of label tokens``, where time is in tokens and batches are not Hugging Face's.
@@ -78,9 +78,9 @@ class MagnitudePruning(L.Callback):
 
     Raises:
         ValueError: For shares outside 0 to 1, falling ones, times that the run never knows of, patterns that no layer
-            has, ``GradientNoiseScale`` after this in the list, DeepSpeed, FSDP1, parameters that are sharded over more
-            than one dimension of ranks, and ``structure`` with sharded ones or where it does not divide a layer's
-            inputs.
+            has, an adapter of peft without ``modules``, ``GradientNoiseScale`` after this in the list, DeepSpeed,
+            FSDP1, parameters that are sharded over more than one dimension of ranks, and ``structure`` with sharded
+            ones or where it does not divide a layer's inputs.
 
     References:
         Zhu and Gupta, To prune, or not to prune (2017); Han et al., Learning both weights and connections (2015);

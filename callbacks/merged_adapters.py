@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any
 
 import torch
@@ -46,5 +47,21 @@ def merged_copy(model: Any) -> Any:
         on_host[id(parameter)] = nn.Parameter(held, requires_grad=parameter.requires_grad)
     for buffer in model.buffers():
         on_host[id(buffer)] = buffer.detach().to("cpu", copy=True)
+    copied = copy.deepcopy(model, on_host).eval()
     with torch.no_grad():
-        return copy.deepcopy(model, on_host).eval().merge_and_unload()
+        _untie_adapted(copied)
+        return copied.merge_and_unload()
+
+
+def _untie_adapted(model: Any) -> None:
+    """Give an adapted layer a weight of its own: what is merged into a tied one would be in all of them."""
+    holders = Counter(parameter for module in model.modules() for parameter in module._parameters.values())
+    for layer in model.modules():
+        if not hasattr(layer, "get_base_layer") or hasattr(layer, "trainable_tokens_delta"):  # those are tied too
+            continue
+        base = layer.get_base_layer()
+        if holders[base._parameters.get("weight")] > 1:
+            base.weight = nn.Parameter(base.weight.clone(), requires_grad=False)
+            config = model.get_base_model().config
+            for one in (config, config.get_text_config()):
+                one.tie_word_embeddings = False

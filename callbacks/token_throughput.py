@@ -35,31 +35,45 @@ def count_tokens(batch: Any, outputs: Any) -> TokenCount:
     """Count the tokens of a Hugging Face batch.
 
     Args:
-        batch: A mapping with ``input_ids`` (batch, seq). What is real comes from ``num_input_tokens`` (batch,), else
-            from ``attention_mask``; without either all is.
+        batch: A mapping with ``input_ids`` (batch, seq), or with several texts a row (``chosen_input_ids``, ...), which
+            are added up. What is real comes from ``num_input_tokens`` (batch,), else from ``attention_mask`` (of each
+            text); without either all is.
         outputs: What ``training_step`` returned; ``num_tokens`` in it are the label tokens, else ``labels`` are
             counted, else they are taken to be the real tokens.
 
     Raises:
         TypeError: If the batch is of another kind.
     """
-    if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
+    texts = _texts_of(batch)
+    if not texts:
         raise TypeError(
-            f"TokenThroughput counts batches that are mappings with `input_ids`, but got {type(batch).__name__}. Pass "
-            f"token_fn=lambda batch, outputs: TokenCount(label=..., real=..., positions=...)."
+            f"TokenThroughput counts batches that are mappings with `input_ids`, or several such columns, "
+            f"but got {type(batch).__name__}. Pass token_fn=lambda batch, outputs: TokenCount(label=..., real=..., "
+            f"positions=...)."
         )
-    positions = batch["input_ids"].numel()
-    real: int | Tensor = positions
-    for key in ("num_input_tokens", "attention_mask"):
-        if isinstance(batch.get(key), Tensor):
-            real = batch[key].sum()
-            break
+    positions = sum(batch[f"{text}input_ids"].numel() for text in texts)
+    real: int | Tensor
+    if isinstance(batch.get("num_input_tokens"), Tensor):
+        real = batch["num_input_tokens"].sum()
+    else:
+        columns = [(batch[f"{text}input_ids"], batch.get(f"{text}attention_mask")) for text in texts]
+        real = sum(mask.sum() if isinstance(mask, Tensor) else ids.numel() for ids, mask in columns)
     label = real
     if isinstance(outputs, Mapping) and "num_tokens" in outputs:
         label = outputs["num_tokens"]
     elif isinstance(batch.get("labels"), Tensor):
         label = (batch["labels"] != -100).sum()
     return TokenCount(label, real, positions)
+
+
+def _texts_of(batch: Any) -> list[str]:
+    """What stands before ``input_ids`` in the names of a row's texts: nothing, or ``chosen_``, ``anchor_``, ..."""
+    if not isinstance(batch, Mapping):
+        return []
+    if isinstance(batch.get("input_ids"), Tensor):
+        return [""]
+    names = [key for key, value in batch.items() if isinstance(key, str) and isinstance(value, Tensor)]
+    return [key.removesuffix("input_ids") for key in names if key.endswith("_input_ids")]
 
 
 class TokenThroughput(L.Callback):
@@ -212,7 +226,7 @@ class TokenThroughput(L.Callback):
     def _flops_per_token(self, pl_module: L.LightningModule, batch: Any) -> float:
         if self.flops_per_token is not None:
             return self.flops_per_token
-        seq_len = batch["input_ids"].shape[-1] if isinstance(batch, Mapping) and "input_ids" in batch else 0
+        seq_len = max((batch[f"{text}input_ids"].shape[-1] for text in _texts_of(batch)), default=0)
         if seq_len not in self._flops_of_length:
             model = getattr(pl_module, "model", pl_module)
             self._flops_of_length[seq_len] = training_flops_per_token(model, seq_len) or 0.0

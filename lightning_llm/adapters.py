@@ -15,6 +15,7 @@ from torch import nn
 from lightning_llm.pretrained import is_fresh
 from lightning_llm.tasks.base import Task
 from lightning_llm.tasks.context_parallel_causal_lm import ContextParallelCausalLM
+from lightning_llm.tasks.reference import CHANGES_BASE
 
 AdapterFields = dict[str, Any]  # of a PeftConfig, with `peft_type`
 
@@ -118,7 +119,13 @@ def adapter_config(fields: AdapterFields, auto_class: str) -> Any:
 
 
 def check_adapter(
-    fields: AdapterFields, source: Any, task: Task, *, gradient_checkpointing: bool, sequence_window: Any
+    fields: AdapterFields,
+    source: Any,
+    task: Task,
+    *,
+    gradient_checkpointing: bool,
+    sequence_window: Any,
+    checkpoint: str | None = None,
 ) -> None:
     """Refuse what does not go together, before anything is built.
 
@@ -128,6 +135,7 @@ def check_adapter(
         task: That trains.
         gradient_checkpointing: Whether activations are recomputed.
         sequence_window: Tokens in a window, ``auto``, or None.
+        checkpoint: What a checkpoint holds: ``whole``, ``trainable``, or None for what suits.
 
     Raises:
         ValueError: With the reason, and what to do instead.
@@ -135,6 +143,13 @@ def check_adapter(
     if isinstance(source, nn.Module):
         raise ValueError("`peft` is for a model that LLMModule builds. A built one: pass peft's `get_peft_model(...)`.")
     kind = fields["peft_type"]
+    start = fields.get("init_lora_weights")
+    if checkpoint == "trainable" and str(start).lower().startswith(CHANGES_BASE):
+        raise ValueError(
+            f"checkpoint='trainable' leaves out the base's weights, which init_lora_weights={start!r} changes, by "
+            f"random numbers or to the rounding of a machine: they could not be had again. Use checkpoint='whole', or "
+            f"another start."
+        )
     if not adapter_config(fields, task.auto_class).is_prompt_learning:
         return
     plain = ("causal-lm", "seq2seq", "sequence-classification")
@@ -162,13 +177,19 @@ def check_sharding(fields: AdapterFields | None, quantization: Any) -> None:
         quantization: How weights are quantised, or None.
 
     Raises:
-        ValueError: For quantised weights; prompts, which peft makes outside of the model's layers; and AdaLoRA, whose
-            ranks are chosen by whole gradients.
+        ValueError: For quantised weights; prompts, which peft makes outside of the model's layers; AdaLoRA, whose ranks
+            are chosen by whole gradients; and single tokens that train, of which peft's module has two names.
     """
-    kind = None if fields is None else fields["peft_type"]
-    is_prompt = fields is not None and adapter_config(fields, "AutoModelForCausalLM").is_prompt_learning
-    if quantization is not None or is_prompt or kind == "ADALORA":
-        what = "A quantised model" if quantization is not None else kind
+    what = None
+    if quantization is not None:
+        what = "A quantised model"
+    elif fields is not None and (fields.get("trainable_token_indices") or fields["peft_type"] == "TRAINABLE_TOKENS"):
+        what = "Training of single tokens"
+    elif fields is not None and (
+        fields["peft_type"] == "ADALORA" or adapter_config(fields, "AutoModelForCausalLM").is_prompt_learning
+    ):
+        what = fields["peft_type"]
+    if what is not None:
         raise ValueError(
             f"{what} does not work with parameters that are sharded over ranks. Use Trainer(strategy='ddp'), or LoRA, "
             f"DoRA or IA3 on weights that are not quantised."

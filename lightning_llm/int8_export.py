@@ -27,7 +27,7 @@ def export_int8(
     output: str | Path,
     *,
     activations: Activations = "float",
-    skip: Sequence[str] = (),
+    skip: str | Sequence[str] = (),
 ) -> Path:
     """Quantize a model's linear layers and write it as a folder, with the tokenizer that lies beside it.
 
@@ -40,7 +40,7 @@ def export_int8(
         output: Folder to write; it appears when it is whole.
         activations: ``float``: weights are widened in each product. ``int8``: what goes into a layer is rounded to int8
             too, row by row as it comes, and the product is one of integers.
-        skip: Regular expressions, searched in the names of linear layers: those stay as they are too.
+        skip: Regular expressions, one or several, searched in the names of linear layers: those stay as they are too.
 
     Returns:
         The folder.
@@ -49,6 +49,7 @@ def export_int8(
         ImportError: If torchao is not installed.
         FileNotFoundError: If the folder does not exist or is no model's.
         FileExistsError: If the output exists.
+        TypeError: For a module that is no PreTrainedModel.
         ValueError: If nothing can be quantized, or the model is not one of transformers' own classes.
 
     References:
@@ -61,6 +62,12 @@ def export_int8(
     target = Path(output).expanduser()
     if target.exists() or target.is_symlink():
         raise FileExistsError(f"{target} exists already. Remove it, or choose another folder.")
+    skip = [skip] if isinstance(skip, str) else skip
+    if isinstance(model, nn.Module) and not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"`model` must be a folder or a PreTrainedModel, but got {type(model).__name__}. Pass what it has as "
+            f"`.model`; of a model with an adapter, what `merge_and_unload()` returns."
+        )
     if isinstance(model, PreTrainedModel):
         with TemporaryDirectory() as folder:
             model.save_pretrained(folder)
@@ -88,8 +95,9 @@ def _export(source: Path, recipe: Any, skip: Sequence[str], target: Path) -> Pat
     if not any(_is_quantized(parameter) for parameter in model.parameters()):
         kinds = sorted({type(module).__name__ for module in model.modules() if hasattr(module, "weight")})
         raise ValueError(
-            f"Nothing in {type(model).__name__} can be quantized: torchao takes nn.Linear, but its layers are {kinds}. "
-            f"(GPT-2's Conv1D is not supported; Llama, Qwen, BERT and their kin are.)"
+            f"Nothing in {type(model).__name__} can be quantized: torchao takes nn.Linear within the base model, "
+            f"except what skip={list(skip)} names, but its layers are {kinds}. (GPT-2's Conv1D is not supported; "
+            f"Llama, Qwen, BERT and their kin are.)"
         )
     unfinished = target.with_name(f".unfinished-{target.name}")
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -171,6 +171,7 @@ class LLMModule(L.LightningModule):
                 *(peft, model, self.task),
                 gradient_checkpointing=gradient_checkpointing,
                 sequence_window=sequence_window,
+                checkpoint=checkpoint,
             )
         check_quantization(quantization, model, checkpoint)
         checkpoint = checkpoint or ("whole" if quantization is None else "trainable")

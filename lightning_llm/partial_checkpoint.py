@@ -13,6 +13,7 @@ from lightning_llm.pretrained import is_fresh
 from lightning_llm.tasks.base import Task
 
 _SAMPLE = "frozen_sample"  # in the checkpoint: a few values of each frozen parameter
+_CURRENT = "current_model_state"  # there, where Lightning's WeightAveraging keeps the average as `state_dict`
 
 
 def check_source(checkpoint: str, source: Any) -> None:
@@ -60,8 +61,9 @@ def keep_trained(checkpoint: dict[str, Any], module: L.LightningModule) -> None:
         module: Its LightningModule.
     """
     frozen = {name: parameter for name, parameter in _frozen(module).items() if not is_fresh(parameter)}
-    state = checkpoint["state_dict"]
-    checkpoint["state_dict"] = {key: value for key, value in state.items() if not _belongs_to(key, frozen)}
+    state = checkpoint.get(_CURRENT, checkpoint["state_dict"])
+    for name in _states(checkpoint):
+        checkpoint[name] = {key: value for key, value in checkpoint[name].items() if not _belongs_to(key, frozen)}
     samples = {name: _sample(state[name]) for name in frozen if name in state}  # whole there, if sharded elsewhere
     checkpoint[_SAMPLE] = {name: sample for name, sample in samples.items() if sample is not None}
 
@@ -86,11 +88,11 @@ def complete(checkpoint: dict[str, Any], module: L.LightningModule) -> None:
                 f"The checkpoint holds what was trained on top of frozen weights, but not on these: {name} has other "
                 f"values. Pass the model that it was trained with: load_from_checkpoint(path, model=...)."
             )
-    if "state_dict" not in checkpoint:  # ModelParallelStrategy has loaded it into its shards already
-        return
-    own_state = module.state_dict()
+    states = _states(checkpoint)  # none where ModelParallelStrategy has loaded them into its shards already
+    own_state = module.state_dict() if states else {}
     missing = {key: value for key, value in own_state.items() if _belongs_to(key, frozen)}
-    checkpoint["state_dict"] = {**missing, **checkpoint["state_dict"]}
+    for name in states:
+        checkpoint[name] = {**missing, **checkpoint[name]}
 
 
 def note_classes(hyper_parameters: dict[str, Any], task: Task, config: PretrainedConfig) -> None:
@@ -109,6 +111,10 @@ def note_classes(hyper_parameters: dict[str, Any], task: Task, config: Pretraine
     if problem_type is not None:
         options = hyper_parameters.get("task_options") or {}
         hyper_parameters["task_options"] = {**options, "problem_type": problem_type}
+
+
+def _states(checkpoint: dict[str, Any]) -> list[str]:
+    return [name for name in ("state_dict", _CURRENT) if name in checkpoint]
 
 
 def _frozen(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -55,10 +56,19 @@ def check_quantization(fields: QuantizationFields | None, source: Any, checkpoin
 
     Raises:
         ImportError: As in :func:`quantization_config`.
+        TypeError: For objects in place of plain values.
         ValueError: For random weights, a built model, or a checkpoint of everything.
     """
     if fields is None:
         return
+    kind = fields.get("quant_type") if isinstance(fields, Mapping) else None
+    if not isinstance(fields, Mapping) or not (kind is None or isinstance(kind, (str, Mapping))):
+        what = "`quantization` must be a mapping" if kind is None else "`quant_type` must be a name or a mapping"
+        raise TypeError(
+            f"{what}, which YAML and checkpoints can hold, such as {{'quant_method': 'torchao', 'quant_type': "
+            f"'Int8WeightOnlyConfig'}} or {{'quant_method': 'bitsandbytes', 'load_in_4bit': True}}, but got "
+            f"{type(fields if kind is None else kind).__name__}."
+        )
     quantization_config(fields)
     if isinstance(source, (dict, PretrainedConfig, nn.Module)):
         what = "a built model" if isinstance(source, nn.Module) else "random weights"

@@ -42,9 +42,7 @@ def build_sharded(
         model = build(False)
     prepare(model)
     shard_layers(model, mesh)
-    model.to_empty(device=device)
-    tie_weights: Any = model.tie_weights  # to_empty gave each module a tensor of its own
-    tie_weights()
+    _to_empty(model, device)
     weights = full.state_dict() if full is not None else {}
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     _broadcast_buffers(model, full)
@@ -66,9 +64,7 @@ def copy_sharded(
     with torch.device("meta"):
         copy = build(False)
     shard_layers(copy, mesh)
-    copy.to_empty(device=device)
-    tie_weights: Any = copy.tie_weights
-    tie_weights()
+    _to_empty(copy, device)
     mine, theirs = ([*whole.parameters(), *whole.buffers()] for whole in (copy, model))
     for own, other in zip(mine, theirs, strict=True):
         own.copy_(other)
@@ -107,16 +103,31 @@ def shard_layers(model: nn.Module, mesh: DeviceMesh) -> None:
     Embeddings whose weights are an output head's too stay in the rest, with the head.
     """
     names = set(getattr(model, "_no_split_modules", None) or ())
-    holders: dict[nn.Parameter, list[nn.Module]] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            holders.setdefault(parameter, []).append(module)
+    places = _places(model)
     for module in model.modules():
         if type(module).__name__ in names:
             inside = set(module.modules())
-            if all(inside.issuperset(holders[parameter]) for parameter in module.parameters()):
+            if all(inside.issuperset(holder for holder, _ in places[p]) for p in module.parameters()):
                 fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
+
+
+def _places(model: nn.Module) -> dict[Tensor, list[tuple[nn.Module, str]]]:
+    """Where each parameter is: of a tied one, module and name are several."""
+    places: dict[Tensor, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            places.setdefault(parameter, []).append((module, name))
+    return places
+
+
+def _to_empty(model: nn.Module, device: torch.device) -> None:
+    """Give a model of the meta device memory; tied weights stay tied, in adapters too, where ``tie_weights`` fails."""
+    tied = [several for several in _places(model).values() if len(several) > 1]
+    model.to_empty(device=device)
+    for (module, name), *others in tied:
+        for other, other_name in others:
+            setattr(other, other_name, getattr(module, name))
 
 
 def _broadcast_buffers(model: nn.Module, full: nn.Module | None) -> None:

@@ -111,6 +111,24 @@ def test_windows_have_the_gradient_of_whole_rows(method):
     assert distance(found, truth) < TOLERANCE
 
 
+OF_TOKENS = [{"trainable_token_indices": [5, 6, 7]}, {"modules_to_save": ["lm_head"]}, {"target_modules": ["wte"]}]
+
+
+@pytest.mark.parametrize("fields", OF_TOKENS)
+def test_windows_train_tokens_and_heads_too_and_leave_each_parameter_in_its_place(fields):
+    """Of trained tokens peft has one module under two names, where embedding and head are tied."""
+    batch, found = pad_rows(ragged_rows(3)), []
+    for options in ({"loss_kernel": "plain"}, {"sequence_window": 8}):
+        torch.manual_seed(0)
+        module = LLMModule(dict(TINY_GPT2), peft={"peft_type": "LORA", "r": 2, **fields}, **FIXED, **options)
+        module.configure_model()
+        move(module)
+        before = list(map(id, module.parameters()))
+        found.append(gradient_of(module, module.training_step(batch, 0)["loss"]))
+        assert list(map(id, module.parameters())) == before
+    assert distance(found[1], found[0]) < TOLERANCE
+
+
 @pytest.mark.parametrize("method", ["LoRA", "prompt tuning"])
 def test_recomputed_activations_have_the_same_gradient(method):
     batch = pad_rows(ragged_rows(3))

@@ -14,7 +14,7 @@ from lightning_llm.partial_checkpoint import check_strategy
 
 @pytest.mark.parametrize(
     ("sharded", "methods"),
-    [(False, ["AdaLoRA", "prefix tuning"]), (True, ["LoRA", "DoRA", "IA3"])],
+    [(False, ["AdaLoRA", "prefix tuning"]), (True, ["LoRA", "DoRA", "IA3", "LoRA and head"])],
     ids=["DDP", "FSDP2"],
 )
 def test_two_ranks_train_an_adapter_as_one_process_does(sharded, methods, run_ranks, tmp_path):
@@ -45,5 +45,8 @@ def test_shards_in_a_folder_hold_all_or_nothing():
 def test_what_cannot_be_sharded_is_refused(method):
     with pytest.raises(ValueError, match="does not work with parameters that are sharded over ranks"):
         check_sharding(METHODS[method], None)
+    with pytest.raises(ValueError, match="Training of single tokens does not work"):
+        check_sharding({**METHODS["LoRA"], "trainable_token_indices": [5]}, None)
+    check_sharding(METHODS["LoRA"], None)
     with pytest.raises(ValueError, match="A quantised model does not work"):
         check_sharding(None, {"quant_method": "torchao"})

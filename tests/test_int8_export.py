@@ -142,7 +142,7 @@ def test_a_model_in_memory_is_written_and_left_as_it_is(tmp_path):
 
 def test_skipped_modules_stay(llama, tmp_path):
     _, folder = llama
-    loaded = AutoModelForCausalLM.from_pretrained(export_int8(folder, tmp_path / "int8", skip=[r"layers\.1\.mlp"]))
+    loaded = AutoModelForCausalLM.from_pretrained(export_int8(folder, tmp_path / "int8", skip=r"layers\.1\.mlp"))
     first, second = loaded.model.layers
     assert type(second.mlp.down_proj.weight.data) is torch.Tensor
     for layer in (first.mlp.down_proj, first.self_attn.q_proj, second.self_attn.q_proj):
@@ -206,6 +206,8 @@ def test_models_without_a_linear_layer_and_quantized_ones_are_refused(llama, tmp
     with pytest.raises(ValueError, match="holds a quantized model already"):
         export_int8(tmp_path / "once", tmp_path / "twice")
     bert = AutoModel.from_config(AutoConfig.for_model(**BERT))
+    with pytest.raises(TypeError, match="a folder or a PreTrainedModel, but got Linear"):
+        export_int8(torch.nn.Linear(2, 2), tmp_path / "out")
     with pytest.raises(ValueError, match="`activations` must be 'float' or 'int8', but got 'int4'"):
         export_int8(bert, tmp_path / "bert", activations="int4")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llama", "once"]

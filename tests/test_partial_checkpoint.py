@@ -4,6 +4,7 @@ import lightning as L
 import pytest
 import torch
 from adapter_models import FIXED, LLAMA, METHODS, save_base
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from support import TINY_GPT2, Positions, pad_rows, ragged_rows
 from task_models import BERT, CASES, batch_of
 from torch.utils.data import DataLoader
@@ -104,6 +105,25 @@ def test_frozen_layers_without_an_adapter_are_left_out_too_with_tied_weights(qui
     assert torch.equal(resumed.model.lm_head.weight, module.model.lm_head.weight)
 
 
+def test_beside_an_average_of_weights_neither_state_holds_what_is_frozen(quiet_trainer, tmp_path):
+    """The average of frozen weights is another one by rounding; what is compared on loading must not be taken of it."""
+    base, path = save_base(tmp_path / "base"), tmp_path / "run.ckpt"
+
+    def run(ckpt_path=None, save=None, **options):
+        module = build(base, dtype="float32", **options)
+        callbacks = [TokenWeightedAccumulation(), EMAWeightAveraging(decay=0.8), SaveAfter(2, save)]
+        trainer = quiet_trainer(max_steps=4, accumulate_grad_batches=2, callbacks=callbacks)
+        trainer.fit(module, Positions(BATCHES), ckpt_path=ckpt_path, weights_only=True)
+        return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+    whole = run(save=path, checkpoint="trainable")
+    held = torch.load(path, weights_only=True)
+    for state in ("state_dict", "current_model_state"):
+        assert set(held[state]) == set(whole)
+    resumed = run(path, checkpoint="trainable")
+    assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
+
+
 def test_a_built_model_is_passed_again(quiet_trainer, tmp_path):
     import peft
 
@@ -147,6 +167,16 @@ def test_random_weights_that_are_nowhere_else_are_refused():
         LLMModule(dict(LLAMA), peft=METHODS["LoRA"], checkpoint="trainable")
     with pytest.raises(ValueError, match="must be 'whole' or 'trainable', but got 'adapter'"):
         LLMModule(dict(LLAMA), checkpoint="adapter")
+
+
+def test_a_base_that_the_adapters_start_changes_is_refused(tmp_path):
+    base = save_base(tmp_path)
+    for start in ("pissa", "pissa_niter_4", "olora"):
+        fields = {**METHODS["LoRA"], "init_lora_weights": start}
+        with pytest.raises(ValueError, match="leaves out the base's weights, which init_lora_weights='"):
+            LLMModule(base, peft=fields, checkpoint="trainable")
+        LLMModule(base, peft=fields)
+    LLMModule(base, peft={**METHODS["LoRA"], "init_lora_weights": "gaussian"}, checkpoint="trainable")
 
 
 def test_a_pooler_that_the_folder_lacks_trains_and_is_kept(quiet_trainer, tmp_path):

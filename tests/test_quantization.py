@@ -81,6 +81,11 @@ def test_what_cannot_be_quantised_or_trained_is_refused(quiet_trainer, tmp_path)
         LLMModule(build(folder, None, peft=None).model, quantization=INT8)
     with pytest.raises(ValueError, match="leave `checkpoint` out, or say 'trainable'"):
         LLMModule(folder, quantization=INT8, checkpoint="whole")
+    kind = quantization_config(INT8)
+    with pytest.raises(TypeError, match=r"`quantization` must be a mapping.*but got TorchAoConfig"):
+        LLMModule(folder, quantization=kind)
+    with pytest.raises(TypeError, match=r"`quant_type` must be a name or a mapping.*but got Int8WeightOnlyConfig"):
+        LLMModule(folder, quantization={"quant_method": "torchao", "quant_type": kind.quant_type})
     with pytest.raises(ValueError, match="needs a `quant_method` that transformers knows, .* but got 'int8'"):
         LLMModule(folder, quantization={"quant_method": "int8"})
     with pytest.raises(ValueError, match=r"must name a configuration of torchao, such as .*Int8WeightOnlyConfig"):

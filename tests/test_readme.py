@@ -27,6 +27,18 @@ def test_readme_examples_run_one_after_the_other(tmp_path):
     assert (tmp_path / "export" / "last" / "model.safetensors").exists()
 
 
+def test_examples_of_adapters_and_tasks_run(tmp_path):
+    pages = [ROOT / "docs" / name for name in ("adapters.md", "tasks.md")]
+    run = [code for page in pages for skip, code in BLOCK.findall(page.read_text()) if not skip]
+    assert len(run) >= 4
+    script = tmp_path / "pages.py"
+    script.write_text("\n".join(run))
+    done = subprocess.run(
+        [sys.executable, script.name], cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_examples_that_do_not_run_here_at_least_compile():
     skipped = [code for page in PAGES for skip, code in BLOCK.findall(page.read_text()) if skip]
     assert all(compile(code, "example", "exec") for code in skipped)

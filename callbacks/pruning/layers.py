@@ -34,16 +34,22 @@ def linear_layers(pl_module: nn.Module, patterns: Sequence[str] | None) -> Itera
 
     Args:
         pl_module: The LightningModule.
-        patterns: Regular expressions, one of which is found in a layer's name; None for all but the output head that
-            a transformers model names.
+        patterns: Regular expressions, one of which is found in a layer's name; None for all but a transformers model's
+            head: its output embeddings, and what lies outside its base model.
 
     Returns:
         Name of the weight, the layer, and the dimension of the weight that is the layer's inputs.
+
+    Raises:
+        ValueError: For an adapter of peft, unless layers are chosen by name.
     """
+    if patterns is None and any(hasattr(module, "adapter_layer_names") for module in pl_module.modules()):
+        raise ValueError(
+            "The model has an adapter (peft): its own weights are frozen, and zeros in the adapter's matrices are none "
+            "in their product. Prune a model that trains itself, or a merged one; `modules` chooses by name."
+        )
     embeddings = {id(module.weight) for module in pl_module.modules() if isinstance(module, nn.Embedding)}
-    heads = set()
-    if patterns is None:
-        heads = {id(module.get_output_embeddings()) for module in pl_module.modules() if _names_head(module)}  # type: ignore[operator]
+    heads = {id(part) for module in pl_module.modules() for part in _head_of(module)} if patterns is None else set()
     seen = embeddings
     for name, module in pl_module.named_modules():
         is_conv1d = type(module).__name__ == "Conv1D" and hasattr(module, "nf")  # transformers': (inputs, outputs)
@@ -56,8 +62,14 @@ def linear_layers(pl_module: nn.Module, patterns: Sequence[str] | None) -> Itera
             yield f"{name}.weight" if name else "weight", module, 0 if is_conv1d else 1
 
 
-def _names_head(module: nn.Module) -> bool:
-    return callable(getattr(module, "get_output_embeddings", None))
+def _head_of(module: Any) -> Iterator[nn.Module]:
+    if not callable(getattr(module, "get_output_embeddings", None)):
+        return
+    yield module.get_output_embeddings()
+    base = getattr(module, "base_model", module)
+    if base is not module:
+        inside = set(base.modules())
+        yield from (part for part in module.modules() if part not in inside)
 
 
 def check_weights(weights: Sequence[PrunedWeight], structure: tuple[int, int] | None) -> None:

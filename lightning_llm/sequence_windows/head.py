@@ -113,7 +113,16 @@ class Aliased(nn.Module):
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self._call = (model, dict(parameters))  # in a tuple: no submodule
+        taken_by = {parameter: parameters[name] for name, parameter in model.named_parameters() if name in parameters}
+        # Each place once, under one name: of a module with two names (peft's trained tokens, where embedding and head
+        # are tied) functional_call would put back what it had put in itself.
+        places = {
+            f"{prefix}.{name}" if prefix else name: taken_by[parameter]
+            for prefix, module in model.named_modules()
+            for name, parameter in module._parameters.items()
+            if parameter in taken_by
+        }
+        self._call = (model, places)  # in a tuple: no submodule
 
     def get_base_model(self) -> Any:
         """The transformers model itself."""
@@ -121,7 +130,7 @@ class Aliased(nn.Module):
 
     def forward(self, **inputs: Any) -> Any:
         """Call the model."""
-        return functional_call(*self._call, (), inputs)
+        return functional_call(*self._call, (), inputs, tie_weights=False)
 
 
 def base_model(model: nn.Module) -> Any:

@@ -75,6 +75,11 @@ def _known_options(name: str, options: Mapping[str, Any] | None) -> dict[str, An
 
 def _refuse_decoders_options(name: str, loss_kernel: str, sequence_window: Any, context_parallel: bool) -> None:
     """What is there for decoders only."""
+    if sequence_window == "auto" and name in WINDOWED:
+        raise ValueError(
+            f"`sequence_window='auto'` plans for the task 'causal-lm' only: give {name!r} a number of tokens, or leave "
+            f"it out."
+        )
     cannot_cut = sequence_window == "auto" or (sequence_window is not None and name not in WINDOWED)
     if cannot_cut or context_parallel:
         argument = "context_parallel" if context_parallel else "sequence_window"

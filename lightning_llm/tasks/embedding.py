@@ -102,9 +102,18 @@ class Embedding(Task):
         datamodule: Any = None,
         is_built: bool = False,
     ) -> None:
-        """Find out how embeddings are made, and write it into the configuration, which goes where the model goes."""
+        """Find out how embeddings are made, and write it into the configuration, which goes where the model goes.
+
+        Raises:
+            ValueError: For encoder-decoders.
+        """
         super().configure(config, labels, datamodule=datamodule, is_built=is_built)
         any_config: Any = config
+        if getattr(config, "is_encoder_decoder", False):
+            raise ValueError(
+                f"Embeddings are made by an encoder or a decoder alone, but {type(config).__name__} is of both. Pass "
+                f"an encoder (BERT, ModernBERT, ...) or a decoder with task_options={{'pooling': 'last'}}."
+            )
         pooling, normalize = self._given
         known = getattr(config, "embedding_pooling", None), getattr(config, "embedding_normalize", None)
         folder = getattr(config, "_name_or_path", None)

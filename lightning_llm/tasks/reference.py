@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 _PRIME = 2**61 - 1
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # of peft's `init_lora_weights`
 
 
 class Reference:
@@ -35,8 +36,13 @@ class Reference:
         Args:
             model: That is going to be trained.
             copy: Makes another one like it.
+
+        Raises:
+            ValueError: If the model's adapter changes its base too.
         """
-        if not hasattr(model, "disable_adapter"):
+        if hasattr(model, "disable_adapter"):
+            _check_adapter(model)
+        else:
             self._copy = copy().requires_grad_(False).eval()
             self._fingerprint = fingerprint(self._copy)
 
@@ -116,6 +122,25 @@ def _follow(copy: nn.Module, model: nn.Module) -> None:
     if mine.dtype != theirs.dtype:  # a built model that the Trainer has cast
         for own, other in zip(copy.parameters(), model.parameters(), strict=True):
             own.data = own.data.to(other.dtype)
+
+
+def _check_adapter(model: Any) -> None:
+    """Without an adapter that trains or has replaced weights of its base, a model is not what it was before."""
+    with model.disable_adapter():
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trained = [name for name in trained if not name.startswith("prompt_encoder.")]
+    starts = [str(getattr(config, "init_lora_weights", "")).lower() for config in model.peft_config.values()]
+    moved = [start for start in starts if start.startswith(CHANGES_BASE)]
+    if trained or moved:
+        reason = (
+            f"weights of the base train as well, such as {trained[0]} (bias='none' leaves its biases as they are)"
+            if trained
+            else f"init_lora_weights={moved[0]!r} takes a part of the base's weights into the adapter"
+        )
+        raise ValueError(
+            f"The reference of a model with an adapter is the model without it, but {reason}. Change that, or pass the "
+            f"original model's log-probabilities in the batches: task_options={{'reference': 'batch'}}."
+        )
 
 
 @contextmanager

@@ -90,6 +90,25 @@ def test_training_is_pefts_own_loop_to_the_last_rank(way, clip, quiet_trainer):
     assert trainer.callback_metrics["train/rank"] == sum(map(sum, ranks[-2].values())) / len(ranks[-2])
 
 
+@pytest.mark.parametrize("is_last", [True, False])
+def test_a_search_before_the_first_step_is_no_step(is_last, quiet_trainer):
+    """Whichever of the two callbacks hears of the start of training first."""
+    truth, ranks = pefts_own_loop()
+    module, allocation, scaler = build(), AdaLoraAllocation(), DynamicBatchScaler(find="start")
+    seen = []
+
+    class Look(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            seen.append(len(allocation.state_dict()["sensitivity"]))
+
+    both = [scaler, allocation] if is_last else [allocation, scaler]
+    trainer = quiet_trainer(max_epochs=1, callbacks=[TokenWeightedAccumulation(), *both, Look()])
+    trainer.fit(module, loader(4))
+    assert seen == [0]
+    assert distance(trained(module), truth) < 1e-12
+    assert module.model.peft_config["default"].rank_pattern == ranks[-1]
+
+
 def test_the_penalty_and_the_ranks_have_a_part_in_it(quiet_trainer):
     truth, _ = pefts_own_loop()
     assert distance(pefts_own_loop(penalty=False)[0], truth) > 1e-3

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_models import FIXED, METHODS, move, save_base
+from adapter_models import FIXED, LLAMA, METHODS, move, save_base
 from peft import AutoPeftModelForCausalLM, PeftModel
 from support import pad_rows, ragged_rows
 from task_models import BERT
@@ -22,6 +22,7 @@ from transformers import (
 
 from lightning_llm import LLMModule
 from lightning_llm.callbacks import AdaLoraAllocation, HuggingFaceCheckpoint, TokenWeightedAccumulation
+from lightning_llm.callbacks.merged_adapters import merged_copy
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tasks"))
 from test_export import TEXTS, word_tokenizer
@@ -59,6 +60,28 @@ def test_merged_folder_is_a_plain_model_with_the_logits_of_base_and_adapter(meth
     assert torch.allclose(plain(IDS).logits, expected, rtol=0, atol=1e-10)
     with module.model.disable_adapter():
         assert (module.model(IDS).logits - expected).abs().max() > 1e-3
+
+
+OF_TOKENS = {
+    "LoRA on the embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "LoRA on the head": {"target_modules": ["q_proj", "lm_head"]},
+    "another head": {"modules_to_save": ["lm_head"]},
+    "tokens": {"trainable_token_indices": [5, 6]},
+}
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("name", OF_TOKENS)
+def test_what_is_merged_into_an_embedding_is_not_in_the_head_that_it_was_tied_to(name, is_tied, tmp_path):
+    base = save_base(tmp_path / "base", {**LLAMA, "tie_word_embeddings": is_tied})
+    module = LLMModule(base, peft={**METHODS["LoRA"], **OF_TOKENS[name]}, **FIXED)
+    module.configure_model()
+    move(module)
+    expected = module.model.eval()(IDS).logits
+    merged_copy(module.model).save_pretrained(tmp_path / "merged")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float64).eval()
+    assert torch.allclose(plain(IDS).logits, expected, rtol=0, atol=1e-6)
+    assert torch.equal(module.model(IDS).logits, expected)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -429,7 +429,19 @@ def test_linear_layers_are_found_but_neither_embeddings_nor_heads(tiny_gpt2, tin
         "intermediate_size": 16,
     }
     for kind, auto in (("bert", AutoModelForSequenceClassification), ("distilbert", AutoModel)):
-        assert len(list(linear_layers(auto.from_config(AutoConfig.for_model(kind, **bert)), None))) >= 6
+        model = auto.from_config(AutoConfig.for_model(kind, **bert))
+        assert len(list(linear_layers(model, None))) >= 6
+        assert not any("classifier" in name for name, _, _ in linear_layers(model, None))
+        assert any("classifier" in name for name, _, _ in linear_layers(model, [""])) is (kind == "bert")
+
+
+def test_an_adapter_is_pruned_only_where_its_layers_are_named(tiny_gpt2):
+    peft = pytest.importorskip("peft")
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**tiny_gpt2))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2))
+    with pytest.raises(ValueError, match="zeros in the adapter's matrices are none in their product"):
+        list(linear_layers(adapted, None))
+    assert {name.split(".")[-3] for name, _, _ in linear_layers(adapted, ["lora_A"])} == {"lora_A"}
 
 
 @pytest.mark.parametrize(

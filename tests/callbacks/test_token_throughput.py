@@ -149,7 +149,9 @@ def test_flop_utilisation_follows_the_palm_convention(tiny_llama, quiet_trainer)
 
 def test_other_modules_say_how_to_count(quiet_trainer):
     data = DataLoader(torch.utils.data.TensorDataset(torch.randn(8, 3)), batch_size=2)
-    with pytest.raises(TypeError, match=r"mappings with `input_ids`, but got list. Pass token_fn="):
+    with pytest.raises(
+        TypeError, match=r"mappings with `input_ids`, or several such columns, but got list. Pass token_fn="
+    ):
         quiet_trainer(max_epochs=1, callbacks=[TokenThroughput()]).fit(Plain(), data)
     speed = TokenThroughput(token_fn=lambda batch, outputs: TokenCount(len(batch[0]), len(batch[0]), len(batch[0])))
     quiet_trainer(max_epochs=1, callbacks=[speed]).fit(Plain(), data)
@@ -163,6 +165,9 @@ def test_tokens_are_counted_from_what_a_batch_has():
     assert count_tokens({"input_ids": ids, "labels": labels}, None).label == 7
     mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]])
     assert count_tokens({"input_ids": ids, "attention_mask": mask}, {"num_tokens": 5})[:2] == (5, 7)
+    pair = {"chosen_input_ids": ids, "chosen_attention_mask": mask, "rejected_input_ids": ids[:, :3]}
+    assert count_tokens(pair, {"num_tokens": 2}) == (2, 7 + 6, 10 + 6)
+    assert count_tokens({"input_ids": ids, "decoder_input_ids": ids}, None).positions == 10
     assert count_tokens({"input_ids": ids, "num_input_tokens": torch.tensor([1, 2])}, None).real == 3
 
 

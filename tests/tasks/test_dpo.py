@@ -334,6 +334,32 @@ def test_the_reference_of_an_adapter_is_the_model_without_it():
     assert {name.split(".")[-2] for name, p in adapted.named_parameters() if p.grad is not None} == {"default"}
 
 
+KEEPS_BASE = {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3]}, {"init_lora_weights": "gaussian"}
+CHANGES_BASE = {
+    "weights of the base train as well, such as .*bias": ({"bias": "all"}, {"bias": "lora_only"}),
+    "init_lora_weights='pissa' takes a part": ({"init_lora_weights": "pissa"},),
+}
+
+
+def test_adapters_that_change_their_base_are_no_reference():
+    pytest.importorskip("peft")
+
+    def build(fields, **options):
+        torch.manual_seed(0)
+        module = LLMModule(dict(GPT2), "dpo", peft={"peft_type": "LORA", "r": 2, **fields}, **options)
+        module.configure_model()
+        return module
+
+    batch = batch_of(make_pairs(5))
+    for fields in KEEPS_BASE:
+        assert build(fields).training_step(batch, 0)["loss"].item() == pytest.approx(math.log(2), rel=1e-6)
+    for words, several in CHANGES_BASE.items():
+        for fields in several:
+            with pytest.raises(ValueError, match=words):
+                build(fields)
+            build(fields, task_options={"reference": "batch"})
+
+
 def _chosen(batch):
     return {key.removeprefix("chosen_"): value for key, value in batch.items() if key.startswith("chosen_")}
 
@@ -402,6 +428,11 @@ def test_batches_that_are_no_pairs_are_refused():
 def test_options_out_of_range_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         LLMModule(dict(GPT2), "dpo", task_options=options)
+
+
+def test_windows_need_a_number():
+    with pytest.raises(ValueError, match="'auto'` plans for the task 'causal-lm' only: give 'dpo' a number"):
+        LLMModule(dict(GPT2), "dpo", sequence_window="auto")
 
 
 def test_batches_come_from_plain_loaders_too(quiet_trainer):

@@ -369,6 +369,11 @@ def test_bad_batches_and_options_are_refused():
             embedding(task_options=options)
 
 
+def test_encoder_decoders_are_refused():
+    with pytest.raises(ValueError, match="an encoder or a decoder alone, but T5Config is of both"):
+        embedding({"model_type": "t5"})
+
+
 def test_poolings_that_are_not_computed_are_refused(tmp_path):
     folder = tmp_path / "weighted"
     shutil.copytree(get_model_path(), folder)

@@ -23,8 +23,11 @@ STEPS = 4
 ADA_LORA = {"peft_type": "ADALORA", "init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 1}
 
 
+WITH_HEAD = {**METHODS["LoRA"], "modules_to_save": ["lm_head"]}  # tied to the embedding, which stays frozen
+
+
 def fields_of(method: str) -> dict:
-    return ADA_LORA if method == "AdaLoRA" else METHODS[method]
+    return {**METHODS, "AdaLoRA": ADA_LORA, "LoRA and head": WITH_HEAD}[method]
 
 
 def trained(module: LLMModule) -> Tensor:

@@ -45,16 +45,22 @@ SMALL = {
         "hidden_size": 16,
         "eval_batches": 1,
     },
-    "08_images": {"max_epochs": 2, "batch_size": 48, "width": 4, "piece_sizes": (48, 20)},
-    "07_tasks": {"per_package": 4, "max_packages": 2, "max_windows": 2, "epochs": 1, "seeds": (0,)},
-    "07b_multi_task": {
-        "num_steps": 6,
+    "07_tasks": {
+        "per_package": 4,
+        "min_per_package": 4,
+        "max_packages": 2,
+        "max_windows": 2,
+        "epochs": 1,
+        "learning_rates": (1e-3,),
         "seeds": (0,),
+        "num_steps": 6,
+        "shared_seeds": (0,),
         "num_labelled": 64,
         "vocab_size": 300,
         "max_length": 32,
         "hidden_size": 16,
     },
+    "08_images": {"max_epochs": 2, "batch_size": 48, "width": 4, "piece_sizes": (48, 20)},
 }
 WRITTEN = {"01_quickstart": "huggingface/last/model.safetensors"}
 

@@ -101,6 +101,19 @@ def selected(index: npt.ArrayLike, fraction: float, seed: int) -> npt.NDArray[np
     Returns:
         bool array of the shape of ``index``.
     """
+    return drawn(index, seed) < fraction
+
+
+def drawn(index: npt.ArrayLike, seed: int) -> npt.NDArray[np.float64]:
+    """A random number for each item, 0 to below 1, which follows from its index and the seed alone.
+
+    Args:
+        index: Item numbers, any shape.
+        seed: Another seed, other numbers.
+
+    Returns:
+        Of the shape of ``index``.
+    """
     key = np.random.SeedSequence([seed]).generate_state(1, np.uint64)[0]
     hashed = _mix(np.atleast_1d(np.asarray(index, dtype=np.uint64)) + np.uint64(1), key)
-    return ((hashed >> np.uint64(11)) / 2.0**53 < fraction).reshape(np.shape(index))
+    return np.asarray((hashed >> np.uint64(11)) / 2.0**53).reshape(np.shape(index))

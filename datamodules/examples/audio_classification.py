@@ -38,8 +38,8 @@ class AudioClassificationDataModule(ExampleDataModule):
             ``path`` or ``bytes``, as data sets store sounds, a mapping with ``array`` and ``sampling_rate``, or a list
             of samples.
         label_column: Of the labels, as for ``TextClassificationDataModule``.
-        labels: Names of the classes, in order. None: those of the folders or the data set, or all that the training
-            rows have.
+        labels: Names of the classes, in order, or how many there are, numbered from 0. None: those of the folders or
+            the data set, or all that the training rows have.
         problem_type: ``single_label_classification``, ``multi_label_classification`` or ``regression``.
         label_separator: Between the classes of a row in one column of text.
         allow_empty_classes: Whether a class may have no training row.
@@ -61,7 +61,7 @@ class AudioClassificationDataModule(ExampleDataModule):
         max_seconds: float | None = None,
         audio_column: str = "audio",
         label_column: str | list[str] = "label",
-        labels: list[str] | None = None,
+        labels: list[str] | int | None = None,
         problem_type: ProblemType = "single_label_classification",
         label_separator: str = ",",
         allow_empty_classes: bool = False,

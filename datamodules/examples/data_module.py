@@ -17,7 +17,7 @@ from lightning_llm.datamodules.examples.dataset import Collate, ExampleDataset, 
 from lightning_llm.datamodules.examples.records import Record, Records, check_columns, open_records
 from lightning_llm.datamodules.examples.store import FORMAT_VERSION, Example, ExampleStore
 from lightning_llm.datamodules.loader import Rows
-from lightning_llm.datamodules.order import selected
+from lightning_llm.datamodules.order import drawn
 from lightning_llm.datamodules.row_data_module import STAGE_SPLITS, RowDataModule, Split
 from lightning_llm.datamodules.text_settings import check_numbers, check_shares
 from lightning_llm.datamodules.tokenizer import byte_tokenizer, encoder, load_tokenizer
@@ -52,7 +52,7 @@ class ExampleDataModule(RowDataModule):
         tokenizer: A tokenizer, its hub id or local folder, or ``bytes``.
         max_length: Tokens in a row at most.
         validation_data: Like ``data``; None takes a share of the rows of ``data``.
-        validation_fraction: That share, 0..1; 0 for no validation.
+        validation_fraction: That share, 0..1, but one record at least; 0 for no validation.
         test_data: Like ``data``; None tests on the validation rows.
         split: Of a data set: the split to train on.
         validation_split: Of ``validation_data``, if it is a data set.
@@ -136,6 +136,7 @@ class ExampleDataModule(RowDataModule):
 
     _packs = False  # whether rows may lie end to end
     _unit = "tokens"  # of a row's length
+    _why_left_out = ""  # a sentence on records of which no example is made
 
     @abstractmethod
     def _columns(self) -> Mapping[str, str]:
@@ -204,7 +205,12 @@ class ExampleDataModule(RowDataModule):
         split = self._source(split)
         if split not in self._records:
             records = self._open(split)
-            advice = f"Name the columns with {', '.join(f'{argument}=...' for argument in self._columns())}."
+            if split != "train":
+                records.name = {"the data": f"the {split} data", "the data set": f"the {split} data set"}.get(
+                    records.name, records.name
+                )
+            arguments = [f"{argument}=..." for argument in self._columns() if "_column" in argument]
+            advice = f"Name the columns with {', '.join(arguments)}."
             check_columns(records, self._columns().values(), advice)
             self._records[split] = records
         return self._records[split]
@@ -273,7 +279,7 @@ class ExampleDataModule(RowDataModule):
                     num_cut, num_rows_cut = num_cut + cut, num_rows_cut + (cut > 0)
                     yield {**{k: v for k, v in example.items() if k != "_num_cut"}, "_record": number}
         if not num_rows:
-            raise ValueError(f"No row of {records.name} can be used; {len(records)} were read.")
+            raise ValueError(f"No row of {records.name} can be used; {len(records)} were read.{self._why_left_out}")
         if num_cut:
             rank_zero_warn(
                 f"{num_rows_cut:,} of {num_rows:,} rows of {records.name} are longer than {self._limits}, and "
@@ -295,7 +301,8 @@ class ExampleDataModule(RowDataModule):
             store = self._store(split)
             rows = np.arange(len(store))
             if self._source(split) == "train" and self._data["validation"] is None and self.validation_fraction:
-                is_held_out = selected(np.asarray(store.values["_record"]), self.validation_fraction, self.seed)
+                draws = drawn(np.asarray(store.values["_record"]), self.seed)
+                is_held_out = (draws < self.validation_fraction) | (draws == draws.min())  # one record at least
                 rows = rows[~is_held_out] if split == "train" else rows[is_held_out]
             if not len(rows):
                 raise ValueError(

@@ -25,7 +25,7 @@ class RowLabels:
     Args:
         columns: One column, or several: then each is a class that a row has or has not, or a number.
         problem_type: transformers' word for what the labels are.
-        names: Of the classes; None finds them in the training rows.
+        names: Of the classes, or how many there are: 0, 1, ...; None finds them in the training rows.
         separator: Between the classes of a row in one column of text.
         allow_empty_classes: Whether a class may have no training row.
 
@@ -37,7 +37,7 @@ class RowLabels:
         self,
         columns: str | Sequence[str],
         problem_type: ProblemType,
-        names: Sequence[str] | None = None,
+        names: Sequence[str] | int | None = None,
         *,
         separator: str = ",",
         allow_empty_classes: bool = False,
@@ -53,6 +53,11 @@ class RowLabels:
         self.problem_type: ProblemType = problem_type
         self.separator = separator
         self.allow_empty_classes = allow_empty_classes
+        if isinstance(names, str) or (isinstance(names, int) and (isinstance(names, bool) or names < 1)):
+            raise ValueError(
+                f"`labels` are the names of the classes, a list, or how many there are, but got {names!r}."
+            )
+        names = range(names) if isinstance(names, int) else names
         self._given = None if names is None else [str(name) for name in names]
         self.classes: ClassNames | None = None
         if problem_type == "regression" or len(self.columns) > 1:

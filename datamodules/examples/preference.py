@@ -57,6 +57,7 @@ class PreferenceDataModule(ExampleDataModule):
         ValueError: For settings that do not fit each other, and for rows that cannot be used, naming the row.
     """
 
+    _why_left_out = " Each has the same answer twice, and there is nothing to prefer."
     _instead_of_cutting = (
         "Prompts lose their beginnings, and answers their ends where they do not fit by themselves. Raise "
         "`max_length`, where the model allows it."

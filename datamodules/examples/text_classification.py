@@ -36,7 +36,8 @@ class TextClassificationDataModule(ExampleDataModule):
         label_column: Of the labels: a class's name or number; for several classes a list of them, or a text with
             ``label_separator`` between them; a number for regression. Several columns: 0 or 1 for each class, or a
             number each.
-        labels: Names of the classes, in order. None: those of the data set, or all that the training rows have.
+        labels: Names of the classes, in order, or how many there are, numbered from 0. None: those of the data set, or
+            all that the training rows have.
         problem_type: ``single_label_classification``, ``multi_label_classification`` or ``regression``.
         label_separator: Between the classes of a row in one column of text.
         allow_empty_classes: Whether one of ``labels`` may have no training row.
@@ -60,7 +61,7 @@ class TextClassificationDataModule(ExampleDataModule):
         text_column: str = "text",
         text_pair_column: str | None = None,
         label_column: str | list[str] = "label",
-        labels: list[str] | None = None,
+        labels: list[str] | int | None = None,
         problem_type: ProblemType = "single_label_classification",
         label_separator: str = ",",
         allow_empty_classes: bool = False,

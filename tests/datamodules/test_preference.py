@@ -146,6 +146,8 @@ def test_pairs_without_a_preference_are_left_out_with_a_warning(tmp_path):
         found = pairs_of(data)
     assert found == EXPECTED
     assert data.row_name(8) == "the data, row 8"
+    with pytest.raises(ValueError, match="No row of the data can be used; 2 were read. Each has the same answer twice"):
+        preferences(tmp_path, [same, same]).setup("fit")
 
 
 @pytest.mark.parametrize(
@@ -176,6 +178,8 @@ def test_a_pair_that_cannot_be_used_is_named(tmp_path, row, options, message):
 def test_a_missing_column_and_wrong_settings_are_said(tmp_path):
     with pytest.raises(RecordError, match="has no column 'prompt'.*prompt_column="):
         preferences(tmp_path, [{"chosen": "a", "rejected": "b"}]).setup("fit")
+    with pytest.raises(RecordError, match=r"'ref_chosen_logps' and .*prompt_column=..., .*, rejected_column=....$"):
+        preferences(tmp_path, reference_logps=True).setup("fit")
     with pytest.raises(ValueError, match="texts='plain' needs the column of the prompts and no chat template"):
         preferences(tmp_path, texts="plain")
     with pytest.raises(ValueError, match="`texts` must be 'chat' or 'plain'"):

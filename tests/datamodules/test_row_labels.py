@@ -40,6 +40,18 @@ def test_names_that_are_given_decide_the_order():
     assert labels_of(["good", "bad", 0], names=["good", "bad"]) == (["good", "bad"], [0, 1, 0])
 
 
+def test_a_number_of_classes_numbers_them_from_0():
+    assert labels_of([2, "0", 1], names=3) == (["0", "1", "2"], [2, 0, 1])
+    with pytest.raises(RecordError, match="holds 3, which is none of the 3 classes"):
+        labels_of([3], names=3)
+
+
+@pytest.mark.parametrize("names", ["good,bad", 0, True])
+def test_names_that_are_no_list_are_refused(names):
+    with pytest.raises(ValueError, match="`labels` are the names of the classes, a list, or how many"):
+        labels_of(["good"], names=names)
+
+
 def test_numbers_are_names_where_all_names_are_numbers():
     """Ratings from 1 to 5: a csv file's text and a parquet file's number are the same class."""
     stars = ["1", "2", "3", "4", "5"]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
@@ -80,6 +81,11 @@ class Task(ABC):
         elif labels is not None:
             raise ValueError(
                 f"`labels` are the classes of a classifier; the task {self.name!r} has none: leave it out."
+            )
+        elif getattr(datamodule, "label_names", None):
+            rank_zero_warn(
+                f"{type(datamodule).__name__} has rows with classes, but the task {self.name!r} learns none. Is it "
+                f"another one that is meant, such as LLMModule(task='sequence-classification')?"
             )
 
     def complete(self, model: nn.Module, source: Any = None) -> nn.Module:

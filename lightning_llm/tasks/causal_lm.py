@@ -109,6 +109,7 @@ def labels_of(batch: Mapping[str, Any]) -> Tensor:
 
     Raises:
         KeyError: If it has none.
+        ValueError: If they are not of the tokens.
     """
     if "labels" not in batch:
         raise KeyError(
@@ -116,4 +117,12 @@ def labels_of(batch: Mapping[str, Any]) -> Tensor:
             f"{sorted(batch)}. With transformers' collators use DataCollatorForLanguageModeling(mlm=False)."
         )
     labels: Tensor = batch["labels"]
+    input_ids = batch.get("input_ids")
+    if labels.ndim != 2 or (isinstance(input_ids, Tensor) and labels.shape != input_ids.shape):
+        shape = None if input_ids is None else tuple(input_ids.shape)
+        raise ValueError(
+            f"The `labels` of a causal-lm batch are of its tokens, (batch, seq) as `input_ids`, but got "
+            f"{tuple(labels.shape)} beside {shape}. Is it the batch of another task? Then name that: "
+            f"LLMModule(task='sequence-classification'), for instance."
+        )
     return labels

@@ -75,6 +75,12 @@ class Seq2Seq(HeadTask):
         super().check(batch, config)
         labels = batch.get("labels")
         if isinstance(labels, Tensor):
+            if labels.ndim != 2:
+                raise ValueError(
+                    f"The `labels` of a seq2seq batch are the target's tokens, (batch, target_seq), but got "
+                    f"{tuple(labels.shape)}. Is it the batch of another task? Then name that: "
+                    f"LLMModule(task='sequence-classification'), for instance."
+                )
             check_length(config, labels.shape[-1], "a batch of targets")
             size = config.get_text_config().vocab_size
             check_range(labels, size, batch, "labels", "They are ids of the model's own tokenizer.")

@@ -100,7 +100,9 @@ class SequenceClassification(HeadTask):
             any_config.window_pooling = self.pooling
         tokenizer = getattr(datamodule, "tokenizer", None)
         if tokenizer is not None and getattr(config, "pad_token_id", 0) is None:  # decoders look for a row's end
-            any_config.pad_token_id = tokenizer.pad_token_id
+            # One without a padding token, as GPT-2's, has the data module pad with the end of the text.
+            pads_with = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+            any_config.pad_token_id = next((token for token in pads_with if token is not None), None)
 
     def check(self, batch: Mapping[str, Any], config: PretrainedConfig) -> None:
         """Refuse labels that are not of the kind and in the range that the model has classes for."""

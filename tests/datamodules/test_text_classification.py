@@ -254,9 +254,9 @@ def test_a_row_that_fails_leaves_no_cache(make, tmp_path):
         (
             ROWS,
             {"validation_data": [{"text": "a", "label": "odd"}]},
-            "row 0: column 'label' holds 'odd', which is none",
+            "the validation data, row 0: column 'label' holds 'odd', which is none",
         ),
-        (ROWS[:2], {"validation_fraction": 0.01}, "No row is left for validation: of 2 in the data, none was drawn"),
+        (ROWS[:1], {"validation_fraction": 0.01}, "No row is left for train: of 1 in the data, none was drawn for it"),
     ],
 )
 def test_bad_rows_are_named(make, rows, options, message):
@@ -323,3 +323,44 @@ def test_a_ragged_cut_of_the_global_batch_does_not_change_the_gradient(make, tmp
     assert largest_difference(gradients(3), whole) < 1e-12
     assert largest_difference(gradients(4, batching="padded"), whole) < 1e-12
     assert largest_difference(gradients(1, seed=1), whole) > 1e-3  # other rows: the comparison can fail
+
+
+@pytest.mark.parametrize("number", [2, 3, 7])
+def test_a_share_of_few_records_is_one_record_at_least(make, number):
+    held_out = set()
+    for seed in range(8):
+        data = make(ROWS[:number], validation_fraction=0.01, seed=seed, allow_empty_classes=True)
+        data.setup("fit")
+        assert (len(data._dataset("train")), len(data._dataset("validation"))) == (number - 1, 1)
+        assert data.row_name(0, "validation") not in {data.row_name(n) for n in range(number - 1)}
+        held_out.add(data.row_name(0, "validation"))
+    assert len(held_out) > 1  # the seed decides
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "seq2seq"])
+def test_a_forgotten_task_is_named(make, quiet_trainer, task):
+    """`task="causal-lm"` is what LLMModule does by default."""
+    model = {"causal-lm": {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 258}}
+    model["seq2seq"] = {"model_type": "t5", "vocab_size": 258, "d_model": 16, "d_ff": 32, "num_layers": 1}
+    with (
+        pytest.warns(UserWarning, match=f"TextClassificationDataModule has rows with classes, but the task '{task}'"),
+        pytest.raises(ValueError, match=rf"`labels` of a {task} batch are .*but got \(4,\).*another task"),
+    ):
+        quiet_trainer(max_steps=1).fit(LLMModule(model[task], task=task), make())
+
+
+def test_a_decoder_whose_tokenizer_has_no_padding_token_finds_the_end_of_each_row(make, quiet_trainer):
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = None  # as GPT-2's
+    decoder = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 258}
+    module = LLMModule(decoder, task="sequence-classification")
+    data = make(tokenizer=tokenizer)
+    quiet_trainer(max_steps=1).fit(module, data)
+    batch = next(iter(data.val_dataloader()))
+    module.eval()
+    together = module.predict_step(batch, 0)["logits"]
+    lengths = batch["attention_mask"].sum(1).tolist()
+    assert len(set(lengths)) > 1
+    for row, length in enumerate(lengths):
+        alone = {"input_ids": batch["input_ids"][row : row + 1, :length], "row_ids": batch["row_ids"][row : row + 1]}
+        assert torch.allclose(module.predict_step(alone, 0)["logits"][0], together[row], atol=1e-6)

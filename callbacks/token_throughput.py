@@ -46,10 +46,11 @@ def count_tokens(batch: Any, outputs: Any) -> TokenCount:
     """
     texts = _texts_of(batch)
     if not texts:
+        got = f"the keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
         raise TypeError(
-            f"TokenThroughput counts batches that are mappings with `input_ids`, or several such columns, "
-            f"but got {type(batch).__name__}. Pass token_fn=lambda batch, outputs: TokenCount(label=..., real=..., "
-            f"positions=...)."
+            f"TokenThroughput counts tokens, in batches that are mappings with `input_ids`, or several such columns, "
+            f"but got {got}. Leave it out for images and recordings, or pass token_fn=lambda batch, outputs: "
+            f"TokenCount(label=..., real=..., positions=...)."
         )
     positions = sum(batch[f"{text}input_ids"].numel() for text in texts)
     real: int | Tensor

@@ -22,7 +22,7 @@ from lightning_llm.datamodules.token_store import FORMAT_VERSION, TokenStore
 from lightning_llm.datamodules.tokenizer import byte_tokenizer, encoder, load_tokenizer, token_bytes, train_bpe
 from lightning_llm.datamodules.windows import Int64Array
 
-Data = str | Sequence[str]
+Data = str | Path | Sequence[str | Path]
 
 
 class SplitRows(NamedTuple):
@@ -89,7 +89,7 @@ class TextSource:
             data, part = self.validation_data, self.validation_split
         else:
             data, part = self.data, self.split
-        return open_source(data if isinstance(data, str) else list(data), split=part, **self.open_options)
+        return open_source(data if isinstance(data, (str, Path)) else list(data), split=part, **self.open_options)
 
     def training_texts(self) -> Iterator[str]:
         """The text of the training documents, and of no other."""

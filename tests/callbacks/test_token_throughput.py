@@ -150,7 +150,7 @@ def test_flop_utilisation_follows_the_palm_convention(tiny_llama, quiet_trainer)
 def test_other_modules_say_how_to_count(quiet_trainer):
     data = DataLoader(torch.utils.data.TensorDataset(torch.randn(8, 3)), batch_size=2)
     with pytest.raises(
-        TypeError, match=r"mappings with `input_ids`, or several such columns, but got list. Pass token_fn="
+        TypeError, match=r"with `input_ids`, or several such columns, but got a list. .* or pass token_fn="
     ):
         quiet_trainer(max_epochs=1, callbacks=[TokenThroughput()]).fit(Plain(), data)
     speed = TokenThroughput(token_fn=lambda batch, outputs: TokenCount(len(batch[0]), len(batch[0]), len(batch[0])))
@@ -169,6 +169,8 @@ def test_tokens_are_counted_from_what_a_batch_has():
     assert count_tokens(pair, {"num_tokens": 2}) == (2, 7 + 6, 10 + 6)
     assert count_tokens({"input_ids": ids, "decoder_input_ids": ids}, None).positions == 10
     assert count_tokens({"input_ids": ids, "num_input_tokens": torch.tensor([1, 2])}, None).real == 3
+    with pytest.raises(TypeError, match=r"but got the keys \['labels', 'pixel_values'\]. Leave it out for images"):
+        count_tokens({"pixel_values": ids, "labels": ids}, None)
 
 
 def test_mixture_of_experts_and_unknown_models_have_no_utilisation():

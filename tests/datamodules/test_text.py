@@ -121,7 +121,7 @@ def test_trained_bpe_is_kept_and_sees_no_validation_document(make, tmp_path):
 
 def test_own_validation_and_test_data(make, tmp_path):
     other = write_documents(tmp_path / "val.jsonl", [10, 20], seed=1)
-    module = make(validation_data=other, test_data=other)
+    module = make(validation_data=other, test_data=Path(other))
     module.setup("fit")
     module.setup("test")
     assert module.store("validation").num_documents == 2

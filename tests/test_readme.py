@@ -27,16 +27,18 @@ def test_readme_examples_run_one_after_the_other(tmp_path):
     assert (tmp_path / "export" / "last" / "model.safetensors").exists()
 
 
-def test_examples_of_adapters_and_tasks_run(tmp_path):
-    pages = [ROOT / "docs" / name for name in ("adapters.md", "tasks.md")]
+def test_examples_of_the_other_pages_run(tmp_path):
+    """All that is not marked: what a page shows begins with the imports that it needs, in the page's order."""
+    pages = [page for page in PAGES if page.parent.name == "docs"]
     run = [code for page in pages for skip, code in BLOCK.findall(page.read_text()) if not skip]
-    assert len(run) >= 4
+    assert len(run) >= 10
     script = tmp_path / "pages.py"
     script.write_text("\n".join(run))
     done = subprocess.run(
         [sys.executable, script.name], cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "\u27e6Use `items[::-1]`.<|im_end|>\u27e7" in done.stdout
 
 
 def test_examples_that_do_not_run_here_at_least_compile():

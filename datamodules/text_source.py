@@ -67,7 +67,8 @@ class TextSource:
 
     def title(self, name: str) -> str:
         """What to call the source on a screen, where a mixture calls it ``name``."""
-        place = self.data if isinstance(self.data, str) else f"{self.data[0]} and {len(self.data) - 1} more"
+        places = [self.data] if isinstance(self.data, (str, Path)) else self.data
+        place = f"{places[0]}" if len(places) == 1 else f"{places[0]} and {len(places) - 1} more"
         return f"{name} ({place})" if name not in ("", place) else place
 
     @property

@@ -57,8 +57,8 @@ class RowLabels:
             raise ValueError(
                 f"`labels` are the names of the classes, a list, or how many there are, but got {names!r}."
             )
-        names = range(names) if isinstance(names, int) else names
-        self._given = None if names is None else [str(name) for name in names]
+        given = range(names) if isinstance(names, int) else names
+        self._given = None if given is None else [str(name) for name in given]
         self.classes: ClassNames | None = None
         if problem_type == "regression" or len(self.columns) > 1:
             self._given = self._given or self.columns

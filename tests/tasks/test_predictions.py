@@ -133,7 +133,7 @@ def test_arguments_of_other_tasks_are_refused_with_the_alternative():
             LLMModule(BERT, "masked-lm", **options)
     with pytest.raises(ValueError, match="'masked-lm' takes 'chunked' or 'plain'"):
         LLMModule(BERT, "masked-lm", loss_kernel="cce")
-    with pytest.raises(ValueError, match="takes problem_type, but got problem"):
+    with pytest.raises(ValueError, match="takes problem_type, pooling, but got problem"):
         LLMModule(BERT, "sequence-classification", task_options={"problem": 1})
     for option in ({"num_return_sequences": 2}, {"return_dict_in_generate": True}):
         with pytest.raises(ValueError, match="Each row gets one text.*leave"):

@@ -96,13 +96,14 @@ def truncate(batch: Any, length: int) -> Any:
     """
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
     if not isinstance(ids, Tensor) or ids.ndim != 2:
+        got = f"the keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
         raise ValueError(
-            f"Rows are shortened in mappings with `input_ids` (batch, seq), but got {type(batch).__name__}. "
+            f"Rows are shortened in mappings with `input_ids` (batch, seq), but got {got}. "
             f"Pass cut_fn=lambda batch, length: ..."
         )
     if ids.shape[1] <= length:
         return batch
-    unclear = [key for key in (*BOUNDARIES, *LONGEST) if key in batch]
+    unclear = [key for key in (*BOUNDARIES, *LONGEST, DOCUMENTS) if key in batch]  # windows would each lose their end
     unclear += [key for key, value in batch.items() if isinstance(value, Tensor) and value.ndim == 4]  # pairs of tokens
     if unclear:
         raise ValueError(

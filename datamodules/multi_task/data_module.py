@@ -94,6 +94,17 @@ class MultiTaskDataModule(RowDataModule):
 
     # ---- what others may ask -------------------------------------------------------------------------------------
 
+    def cut_batch(self, batch: Mapping[str, Any], length: int) -> Mapping[str, Any]:
+        """Refused: a step's targets are counted before its rows could be shortened.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "Rows of several tasks cannot be cut while they are trained on, for their targets are counted when a step "
+            "is made. Choose a shorter `max_length` for the tasks' data modules."
+        )
+
     @property
     def max_length(self) -> int | None:
         """Tokens in a row at most."""

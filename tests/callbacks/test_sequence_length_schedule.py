@@ -410,13 +410,18 @@ def test_a_function_cuts_what_nobody_else_can(quiet_trainer):
     schedule.token_fn = lambda batch: batch.numel()
     quiet_trainer(max_epochs=1, callbacks=[schedule]).fit(module, data)
     assert module.sizes == (4, 4, 4, 4, 9, 9)
-    with pytest.raises(ValueError, match=r"mappings with `input_ids` \(batch, seq\), but got Tensor.*Pass cut_fn"):
+    with pytest.raises(ValueError, match=r"mappings with `input_ids` \(batch, seq\), but got a Tensor.*Pass cut_fn"):
         quiet_trainer(max_epochs=1, callbacks=[SequenceLengthSchedule(4)]).fit(Sums(), data)
 
 
 def test_truncating_refuses_what_it_would_break():
     ids = torch.ones(1, 6, dtype=torch.long)
-    for key, value in {"cu_seq_lens_q": torch.tensor([0, 6]), "attention_mask": torch.ones(1, 1, 6, 6)}.items():
+    unclear = {
+        "cu_seq_lens_q": torch.tensor([0, 6]),
+        "attention_mask": torch.ones(1, 1, 6, 6),
+        "document_ids": torch.tensor([0]),
+    }
+    for key, value in unclear.items():
         with pytest.raises(ValueError, match=f"Rows of 6 tokens are to have 4, but nobody says how to cut.*{key}"):
             truncate({"input_ids": ids, key: value}, 4)
         assert truncate({"input_ids": ids, key: value}, 6)[key] is value

@@ -7,6 +7,7 @@ import pytest
 import torch
 from multi_task_training import Seen, data, module, trained
 
+from lightning_llm.callbacks import SequenceLengthSchedule, TokenWeightedAccumulation
 from lightning_llm.datamodules import MaskedTextDataModule, MultiTaskDataModule, StreamingTextDataModule, TextDataModule
 from lightning_llm.datamodules.batches.plan import Cursor, Layout
 from lightning_llm.datamodules.multi_task.order import EvenOrder, TaskOrder, rows_in_block
@@ -263,6 +264,13 @@ def test_different_tokenizers_are_refused(tmp_path):
 def test_fewer_micro_batches_than_tasks_are_refused_before_training(tmp_path, quiet_trainer):
     with pytest.raises(ValueError, match=r"3 tasks need Trainer\(accumulate_grad_batches=3\) at least, but it is 2"):
         trained(tmp_path, quiet_trainer, 2)
+
+
+def test_rows_that_would_be_cut_after_their_targets_were_counted_are_refused(tmp_path, quiet_trainer):
+    callbacks = [TokenWeightedAccumulation(), SequenceLengthSchedule({0: 4, 2: 48})]
+    trainer = quiet_trainer(max_steps=1, accumulate_grad_batches=4, callbacks=callbacks)
+    with pytest.raises(ValueError, match="Rows of several tasks cannot be cut .*Choose a shorter `max_length`"):
+        trainer.fit(module(), data(tmp_path))
 
 
 def test_a_task_whose_rows_change_with_the_epoch_is_told_the_epoch(tmp_path):

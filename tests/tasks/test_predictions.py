@@ -144,7 +144,7 @@ def test_arguments_of_other_tasks_are_refused_with_the_alternative():
         LLMModule(BERT, "fill-mask")
     with pytest.raises(ValueError, match="'masked-lm' has none"):
         LLMModule(BERT, "masked-lm", labels=3)
-    with pytest.raises(ValueError, match="`generate` is for causal-lm and seq2seq"):
+    with pytest.raises(ValueError, match="`generate` is for causal-lm, dpo and seq2seq"):
         LLMModule(BERT, "masked-lm").generate(torch.ones(1, 2).long())
     with pytest.raises(ValueError, match="Plans choose between ways to train decoders"):
         LLMModule(BERT, "masked-lm").plan(16, "1GB")

@@ -167,7 +167,9 @@ class QuestionAnsweringDataModule(RecordWindowsDataModule):
                     "input_ids": window.input_ids,
                     **({} if types is None else {"token_type_ids": types}),
                     **dict(zip(("start_positions", "end_positions"), places, strict=True)),
-                    "char_begins": begins, "char_ends": ends, "null_positions": window.null_position,
+                    "char_begins": begins,
+                    "char_ends": ends,
+                    "null_positions": window.null_position,
                 }
             )
         return encoded

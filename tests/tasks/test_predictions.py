@@ -133,7 +133,7 @@ def test_arguments_of_other_tasks_are_refused_with_the_alternative():
             LLMModule(BERT, "masked-lm", **options)
     with pytest.raises(ValueError, match="'masked-lm' takes 'chunked' or 'plain'"):
         LLMModule(BERT, "masked-lm", loss_kernel="cce")
-    with pytest.raises(ValueError, match="takes problem_type, but got problem"):
+    with pytest.raises(ValueError, match="takes problem_type, pooling, but got problem"):
         LLMModule(BERT, "sequence-classification", task_options={"problem": 1})
     for option in ({"num_return_sequences": 2}, {"return_dict_in_generate": True}):
         with pytest.raises(ValueError, match="Each row gets one text.*leave"):
@@ -144,7 +144,7 @@ def test_arguments_of_other_tasks_are_refused_with_the_alternative():
         LLMModule(BERT, "fill-mask")
     with pytest.raises(ValueError, match="'masked-lm' has none"):
         LLMModule(BERT, "masked-lm", labels=3)
-    with pytest.raises(ValueError, match="`generate` is for causal-lm and seq2seq"):
+    with pytest.raises(ValueError, match="`generate` is for causal-lm, dpo and seq2seq"):
         LLMModule(BERT, "masked-lm").generate(torch.ones(1, 2).long())
     with pytest.raises(ValueError, match="Plans choose between ways to train decoders"):
         LLMModule(BERT, "masked-lm").plan(16, "1GB")

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,21 +181,30 @@ def _names_class(part: str, arguments: Sequence[str]) -> bool:
 def write_predictions(trainer: Any) -> Path:
     """Write what ``Trainer.predict`` gave as jsonl: a line per row with ``row_id`` and the task's scores.
 
+    Where rows are windows, a line per question or document that they are of, see the task's ``merged``.
+
     Returns:
         The file, in the logger's folder.
     """
     folder = Path(trainer.log_dir or trainer.default_root_dir)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "predictions.jsonl"
+    outputs = trainer.predict_loop.predictions or []
+    lines = trainer.lightning_module.task.merged(outputs) if outputs else []
     with path.open("w") as file:
-        for batch in trainer.predict_loop.predictions or []:
-            columns = {
-                ("row_id" if key == "row_ids" else key): value.tolist() if hasattr(value, "tolist") else value
-                for key, value in batch.items()
-            }
-            for values in zip(*columns.values(), strict=True):
-                file.write(json.dumps(dict(zip(columns, values, strict=True))) + "\n")
+        for line in _lines(outputs) if lines is None else lines:
+            file.write(json.dumps(line) + "\n")
     return path
+
+
+def _lines(outputs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    for batch in outputs:
+        columns = {
+            ("row_id" if key == "row_ids" else key): value.tolist() if hasattr(value, "tolist") else value
+            for key, value in batch.items()
+        }
+        for values in zip(*columns.values(), strict=True):
+            yield dict(zip(columns, values, strict=True))
 
 
 def _generate(arguments: list[str]) -> None:

@@ -21,6 +21,7 @@ PURE = [
     *("lightning_llm/ramps.py", "lightning_llm/seesaw.py", "lightning_llm/decay.py", "lightning_llm/noise_scale.py"),
     *(f"lightning_llm/search/{name}.py" for name in ("keys", "space")),
     *("lightning_llm/chunked_loss.py", "lightning_llm/logit_tiles.py", "lightning_llm/pooling.py"),
+    "lightning_llm/answer_scores.py",
     *("callbacks/noise/parts.py", "callbacks/noise/watch.py"),
     "callbacks/pruning/masks.py",
     *("callbacks/pieces/limits.py", "callbacks/pieces/cutting.py", "callbacks/pieces/rows.py"),

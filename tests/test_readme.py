@@ -23,7 +23,7 @@ def test_readme_examples_run_one_after_the_other(tmp_path):
         [sys.executable, script.name], cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "finished 4" in done.stdout
+    assert "finished 6" in done.stdout
     assert (tmp_path / "export" / "last" / "model.safetensors").exists()
 
 

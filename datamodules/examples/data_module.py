@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_llm.datamodules.batches.settings import Batching, BatchSettings
 from lightning_llm.datamodules.cache import fingerprint
 from lightning_llm.datamodules.examples.dataset import Collate, ExampleDataset, ExampleTable, PaddedColumns
-from lightning_llm.datamodules.examples.records import Record, Records, check_columns, open_records
+from lightning_llm.datamodules.examples.records import UNKNOWN, Record, Records, check_columns, open_records
 from lightning_llm.datamodules.examples.store import FORMAT_VERSION, Example, ExampleStore
 from lightning_llm.datamodules.loader import Rows
 from lightning_llm.datamodules.order import drawn
@@ -53,7 +53,7 @@ class ExampleDataModule(RowDataModule):
         max_length: Tokens in a row at most.
         validation_data: Like ``data``; None takes a share of the rows of ``data``.
         validation_fraction: That share, 0..1, but one record at least; 0 for no validation.
-        test_data: Like ``data``; None tests on the validation rows.
+        test_data: Like ``data``; None tests on the validation rows. Without columns of targets it can be predicted.
         split: Of a data set: the split to train on.
         validation_split: Of ``validation_data``, if it is a data set.
         test_split: Of ``test_data``, if it is a data set.
@@ -142,6 +142,10 @@ class ExampleDataModule(RowDataModule):
     def _columns(self) -> Mapping[str, str]:
         """The columns that every record must have, by the argument that names each."""
 
+    def _target_columns(self) -> Collection[str]:
+        """Those of them that ``test_data`` need not have; :meth:`_encode` then finds ``UNKNOWN`` there."""
+        return ()
+
     @abstractmethod
     def _encode(self, records: Sequence[Record], names: Sequence[str]) -> list[list[Example]]:
         """The examples of each record; ``names`` are for messages. Columns named ``_...`` are not put into batches.
@@ -192,6 +196,8 @@ class ExampleDataModule(RowDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Map the examples into memory and choose the rows of each split."""
         super().setup(stage)
+        if stage == "test":
+            self.check_labelled("test")
         for split in STAGE_SPLITS.get(stage, ("train", "validation", "test")):
             if split == "train" or self._has_validation or (split == "test" and (stage or self._has_test)):
                 self._dataset(split)
@@ -211,9 +217,23 @@ class ExampleDataModule(RowDataModule):
                 )
             arguments = [f"{argument}=..." for argument in self._columns() if "_column" in argument]
             advice = f"Name the columns with {', '.join(arguments)}."
-            check_columns(records, self._columns().values(), advice)
+            unknown = self._unknown(split, records)
+            check_columns(records, [each for each in self._columns().values() if each not in unknown], advice)
             self._records[split] = records
         return self._records[split]
+
+    def check_labelled(self, split: Split) -> None:
+        """Refuse to measure on data that have no targets.
+
+        Raises:
+            ValueError: If a split's do not.
+        """
+        records = self.records(split)
+        if missing := self._unknown(split, records):
+            raise ValueError(
+                f"{records.name} has no column {' and no column '.join(map(repr, missing))}, so there is nothing to "
+                f"measure predictions by. It can be predicted: Trainer.predict, or lightning-llm predict."
+            )
 
     def row_name(self, row_id: int, split: Split = "train") -> str:
         """What the records of a row are called, as a batch's ``row_ids`` name it: file and row."""
@@ -264,14 +284,21 @@ class ExampleDataModule(RowDataModule):
             name = fingerprint(
                 [str(FORMAT_VERSION), type(self).__name__, records.identity(), self._encoding_identity()]
             )
-            self._stores[split] = ExampleStore.build(self.cache_dir / f"examples-{name}", self._examples(records))
+            examples = self._examples(records, self._unknown(split, records))
+            self._stores[split] = ExampleStore.build(self.cache_dir / f"examples-{name}", examples)
         return self._stores[split]
 
-    def _examples(self, records: Records) -> Iterator[Example]:
+    def _unknown(self, split: Split, records: Records) -> list[str]:
+        """The columns of targets that test data lack: all or none."""
+        targets = self._target_columns() if self._source(split) == "test" else ()
+        return [] if set(targets) & set(records.columns) else list(targets)
+
+    def _examples(self, records: Records, unknown: Sequence[str] = ()) -> Iterator[Example]:
         num_cut, num_rows_cut, num_rows = 0, 0, 0
         for first in range(0, len(records), _RECORDS_AT_ONCE):
             numbers = range(first, min(first + _RECORDS_AT_ONCE, len(records)))
-            encoded = self._encode([records[number] for number in numbers], [records.row_name(n) for n in numbers])
+            rows = [{**records[number], **dict.fromkeys(unknown, UNKNOWN)} for number in numbers]
+            encoded = self._encode(rows, [records.row_name(number) for number in numbers])
             for number, examples in zip(numbers, encoded, strict=True):
                 for example in examples:
                     num_rows += 1

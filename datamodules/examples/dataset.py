@@ -85,6 +85,25 @@ class ExampleDataset(torch.utils.data.Dataset[dict[str, Any]]):
         return self.empty if row == EMPTY_ROW else self.store[int(self.rows[row])]
 
 
+class WindowDataset(ExampleDataset):
+    """Batches of windows, each with the number of the record that it is of.
+
+    Args:
+        *arguments: Of :class:`ExampleDataset`.
+        first_example: The number of the store's first record.
+    """
+
+    def __init__(self, *arguments: Any, first_example: int = 0) -> None:
+        super().__init__(*arguments)
+        self.first_example = first_example
+
+    def __getitem__(self, row_ids: Sequence[int]) -> dict[str, Any]:
+        """The windows of these numbers, with ``example_ids`` (rows,) int64; -1 for an empty row."""
+        records = self.store.values["_record"]
+        numbers = [-1 if row == EMPTY_ROW else self.first_example + int(records[self.rows[row]]) for row in row_ids]
+        return {**super().__getitem__(row_ids), "example_ids": torch.tensor(numbers, dtype=torch.int64)}
+
+
 class LoadedDataset(ExampleDataset):
     """Batches of examples, a part of which is read from elsewhere when it is asked for.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -114,6 +114,9 @@ class ImageClassificationDataModule(ExampleDataModule):
             "image_column": self.image_column,
             **{"label_column" if not number else f"label_column[{number}]": c for number, c in enumerate(labels)},
         }
+
+    def _target_columns(self) -> Collection[str]:
+        return self._labels.columns
 
     def _encoding(self) -> Mapping[str, Any]:
         return {"problem_type": self.problem_type, "labels": self.label_names, "separator": self._labels.separator}

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lightning_llm.datamodules.examples.class_names import ClassNames, check_no_class_is_empty
-from lightning_llm.datamodules.examples.records import Record, RecordError, Records
+from lightning_llm.datamodules.examples.records import UNKNOWN, Record, RecordError, Records
 from lightning_llm.datamodules.examples.store import ExampleStore
 from lightning_llm.datamodules.windows import Int64Array
 from lightning_llm.loss import IGNORE_INDEX
@@ -93,12 +93,14 @@ class RowLabels:
         self.classes = ClassNames.found_in(found, column)
 
     def encode(self, record: Record, row: str) -> Any:
-        """The label of a record: a class's number, or (num_labels,) float64.
+        """The label of a record: a class's number, or (num_labels,) float64; :meth:`empty` where it is ``UNKNOWN``.
 
         Raises:
             RecordError: If it has none, or one that is no class or number.
         """
         values = [record.get(column) for column in self.columns]
+        if values[0] is UNKNOWN:
+            return self.empty()
         if self.problem_type == "regression":
             if len(values) == 1 and isinstance(values[0], (list, tuple)):
                 values = list(values[0])

@@ -125,9 +125,9 @@ class PreferenceDataModule(ExampleDataModule):
             "texts": self.texts,
         }
 
-    def _examples(self, records: Records) -> Iterator[Example]:
+    def _examples(self, records: Records, unknown: Sequence[str] = ()) -> Iterator[Example]:
         self._same = []
-        yield from super()._examples(records)
+        yield from super()._examples(records, unknown)
         if self._same:
             rank_zero_warn(
                 f"{len(self._same):,} rows of {records.name} have the same answer twice, within max_length="

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
-from lightning_llm.datamodules.examples.data_module import ExampleDataModule
-from lightning_llm.datamodules.examples.dataset import ExampleDataset, ExampleTable
-from lightning_llm.datamodules.examples.records import Record, RecordError
+from lightning_llm.datamodules.examples.dataset import Collate, ExampleTable, PaddedColumns
+from lightning_llm.datamodules.examples.record_windows import RecordWindowsDataModule
+from lightning_llm.datamodules.examples.records import UNKNOWN, Record, RecordError
 from lightning_llm.datamodules.examples.store import Example, ExampleStore
 from lightning_llm.datamodules.examples.texts import check_fast, encode_texts, text_of
 from lightning_llm.datamodules.questions.answers import Answer, Logits, best_answers
@@ -24,13 +23,18 @@ from lightning_llm.datamodules.text_settings import check_numbers
 from lightning_llm.datamodules.windows import Int64Array
 
 
-class QuestionAnsweringDataModule(ExampleDataModule):
+class QuestionAnsweringDataModule(RecordWindowsDataModule):
     """Questions with contexts and answers, for ``LLMModule(task="question-answering")``.
 
     A long context becomes several rows, windows that share ``doc_stride`` tokens, each with its question. Batches have
     ``input_ids``, ``attention_mask``, where the tokenizer makes them ``token_type_ids``, ``start_positions``,
     ``end_positions`` (batch,), the token for "no answer" where a window does not hold it, and ``example_ids`` (batch,):
     the number of the record that a window is of, -1 for an empty row. Validation holds out whole records.
+
+    By these, ``char_begins`` and ``char_ends`` (batch, seq), the characters of the context that a token stands for, and
+    ``null_positions`` (batch,), the token for "no answer", the task measures answers to whole questions. -1 stands in
+    ``char_begins`` where no answer may begin, as where another window has more context, and in ``char_ends`` where none
+    may end.
 
     Args:
         data: Jsonl, json, csv or parquet files, a data set, or a list of mappings.
@@ -77,6 +81,16 @@ class QuestionAnsweringDataModule(ExampleDataModule):
 
     # ---- what others may ask -------------------------------------------------------------------------------------
 
+    def context_of(self, example: int) -> str:
+        """The context of the record of this number, one of a batch's ``example_ids``."""
+        record, row = self.record_of(example)
+        return text_of(record, self.context_column, row)
+
+    def answers_of(self, example: int) -> list[str]:
+        """Its right answers; none where the context has no answer."""
+        record, row = self.record_of(example)
+        return [text for text in self._example(record, row)["answers"]["text"] if text]
+
     def best_answers(
         self,
         row_ids: Sequence[int],
@@ -112,7 +126,12 @@ class QuestionAnsweringDataModule(ExampleDataModule):
         return best_answers(examples, windows, starts, ends, **options)
 
     def score_answers(self, answers: Mapping[str, Answer | str], split: Split = "validation") -> dict[str, float]:
-        """``exact_match`` and ``f1`` of answers to all questions of a split, as :meth:`best_answers` gives them."""
+        """``exact_match`` and ``f1`` of answers to all questions of a split, as :meth:`best_answers` gives them.
+
+        Raises:
+            ValueError: If the split has no right answers, or a question is not answered.
+        """
+        self.check_labelled(split)
         texts = {name: answer if isinstance(answer, str) else answer.text for name, answer in answers.items()}
         examples, _, _ = self._windows_of(range(len(self._dataset(split))), split)
         return score_answers(texts, {each["id"]: [t for t in each["answers"]["text"] if t] for each in examples})
@@ -128,6 +147,9 @@ class QuestionAnsweringDataModule(ExampleDataModule):
             **start,
         }
 
+    def _target_columns(self) -> Collection[str]:
+        return [column for column in (self.answers_column, self.answer_start_column) if column is not None]
+
     def _encoding(self) -> Mapping[str, Any]:
         return {"doc_stride": self.doc_stride, "skip_mismatched": self.skip_mismatched}
 
@@ -136,13 +158,18 @@ class QuestionAnsweringDataModule(ExampleDataModule):
         examples = [{**self._example(record, row), "id": row} for record, row in zip(records, names, strict=True)]
         encoded: list[list[Example]] = [[] for _ in examples]
         for window in self._question_windows(examples):
-            types = window.token_type_ids
+            types, places = window.token_type_ids, (window.start_position, window.end_position)
+            if records[window.example].get(self.answers_column) is UNKNOWN:
+                places = (self.max_length, self.max_length)
+            begins, ends = window.characters
             encoded[window.example].append(
                 {
                     "input_ids": window.input_ids,
                     **({} if types is None else {"token_type_ids": types}),
-                    "start_positions": window.start_position,
-                    "end_positions": window.end_position,
+                    **dict(zip(("start_positions", "end_positions"), places, strict=True)),
+                    "char_begins": begins,
+                    "char_ends": ends,
+                    "null_positions": window.null_position,
                 }
             )
         return encoded
@@ -151,10 +178,12 @@ class QuestionAnsweringDataModule(ExampleDataModule):
         """Its answer lies behind the row, so that it is no target."""
         example = encode_texts(self.tokenizer, [""], [""], self.max_length)[0]
         del example["_num_cut"]
-        return {**example, "start_positions": self.max_length, "end_positions": self.max_length}
+        places = {"start_positions": self.max_length, "end_positions": self.max_length}
+        no_characters = np.full(len(example["input_ids"]), -1)
+        return {**example, **places, "char_begins": no_characters, "char_ends": no_characters, "null_positions": 0}
 
-    def _make_dataset(self, split: Split, store: ExampleStore, rows: Int64Array) -> ExampleDataset:
-        return QuestionDataset(store, rows, self._collate(), self._empty(), self._table(store, rows))
+    def _collate(self) -> Collate:
+        return PaddedColumns(self._pad_token_id(), {"char_begins": -1, "char_ends": -1})
 
     def _table(self, store: ExampleStore, rows: Int64Array) -> ExampleTable:
         return ExampleTable(store.lengths("input_ids")[rows], np.full(len(rows), 2, np.int64))
@@ -189,16 +218,6 @@ class QuestionAnsweringDataModule(ExampleDataModule):
         return examples, self._question_windows(examples), np.setdiff1d(belongs, np.asarray(rows)).tolist()
 
 
-class QuestionDataset(ExampleDataset):
-    """Batches of windows, each with the number of its record."""
-
-    def __getitem__(self, row_ids: Sequence[int]) -> dict[str, Any]:
-        """The windows of these numbers, with ``example_ids`` (batch,) int64; -1 for an empty row."""
-        records = self.store.values["_record"]
-        numbers = [EMPTY_ROW if row == EMPTY_ROW else int(records[self.rows[row]]) for row in row_ids]
-        return {**super().__getitem__(row_ids), "example_ids": torch.tensor(numbers, dtype=torch.int64)}
-
-
 def answers_of(record: Record, column: str, row: str, start_column: str | None = None) -> dict[str, list[Any]]:
     """The answers of a record in SQuAD's form: ``text`` and ``answer_start``, lists of the same length.
 
@@ -209,7 +228,7 @@ def answers_of(record: Record, column: str, row: str, start_column: str | None =
         >>> answers_of({"answers": [{"text": "Bob", "answer_start": 10}]}, "answers", "row 0")
         {'text': ['Bob'], 'answer_start': [10]}
     """
-    value = record.get(column)
+    value = None if record.get(column) is UNKNOWN else record.get(column)
     if start_column is not None:
         value = {"text": value or [], "answer_start": record.get(start_column) if value else []}
     elif isinstance(value, str) and value.strip():

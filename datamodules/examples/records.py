@@ -30,6 +30,8 @@ RECORD_SUFFIXES = frozenset({".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".csv
 
 Record = dict[str, Any]
 
+UNKNOWN: Any = object()  # in the place of a target, in rows of data that have none and are to be predicted
+
 _CSV_BLOCK = 1 << 26  # bytes; no row may be longer
 
 

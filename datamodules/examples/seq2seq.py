@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from lightning_llm.datamodules.examples.data_module import ExampleDataModule
 from lightning_llm.datamodules.examples.dataset import ExampleTable
-from lightning_llm.datamodules.examples.records import Record, RecordError
+from lightning_llm.datamodules.examples.records import UNKNOWN, Record, RecordError
 from lightning_llm.datamodules.examples.store import Example, ExampleStore
 from lightning_llm.datamodules.examples.texts import encode_texts, text_of
 from lightning_llm.datamodules.text_settings import check_numbers
@@ -71,6 +71,9 @@ class Seq2SeqDataModule(ExampleDataModule):
             return {"translation_column": self.translation_column}
         return {"source_column": self.source_column, "target_column": self.target_column}
 
+    def _target_columns(self) -> Collection[str]:
+        return () if self.translation_column is not None else (self.target_column,)
+
     def _encoding(self) -> Mapping[str, Any]:
         pair = {"source": self.source_column, "target": self.target_column, "prefix": self.source_prefix}
         return {**pair, "max_target_length": self.max_target_length}
@@ -78,8 +81,11 @@ class Seq2SeqDataModule(ExampleDataModule):
     def _encode(self, records: Sequence[Record], names: Sequence[str]) -> list[list[Example]]:
         rows = [(self._texts(record, row), row) for record, row in zip(records, names, strict=True)]
         sources = [self.source_prefix + text_of(texts, self.source_column, row) for texts, row in rows]
-        targets = [text_of(texts, self.target_column, row) for texts, row in rows]
         inputs = encode_texts(self.tokenizer, sources, None, self.max_length)
+        if any(texts.get(self.target_column) is UNKNOWN for texts, _ in rows):
+            none = {"labels": np.array([IGNORE_INDEX])}
+            return [[{"input_ids": each["input_ids"], **none, "_num_cut": each["_num_cut"]}] for each in inputs]
+        targets = [text_of(texts, self.target_column, row) for texts, row in rows]
         labels = encode_texts(self.tokenizer, targets, None, self.max_target_length, target=True)
         return [
             [

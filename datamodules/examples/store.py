@@ -18,7 +18,7 @@ from lightning_llm.loss import IGNORE_INDEX
 
 Example = Mapping[str, Any]  # columns: a number, or a NumPy array of one dimension
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
@@ -107,6 +107,9 @@ class TextClassificationDataModule(ExampleDataModule):
             **pair,
             **{"label_column" if not number else f"label_column[{number}]": c for number, c in enumerate(labels)},
         }
+
+    def _target_columns(self) -> Collection[str]:
+        return self._labels.columns
 
     def _encoding(self) -> Mapping[str, Any]:
         settings: dict[str, Any] = {

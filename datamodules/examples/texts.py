@@ -40,7 +40,7 @@ def encode_texts(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     pairs: Sequence[str] | None,
-    max_length: int,
+    max_length: int | None,
     *,
     offsets: bool = False,
     target: bool = False,
@@ -51,7 +51,7 @@ def encode_texts(
         tokenizer: Any; a fast one for offsets.
         texts: The texts.
         pairs: A second text for each.
-        max_length: Tokens at most.
+        max_length: Tokens at most; None keeps all.
         offsets: Also say which characters a token stands for.
         target: Whether the texts are for a decoder, which some tokenizers encode differently.
 
@@ -69,7 +69,7 @@ def encode_texts(
     examples = []
     for row, ids in enumerate(encoding["input_ids"]):
         columns = {name: encoding[name][row] for name in names}
-        num_cut = max(len(ids) - max_length, 0)
+        num_cut = 0 if max_length is None else max(len(ids) - max_length, 0)
         if num_cut:
             own = {name: column[row] for name, column in inputs.items()}
             columns = dict(tokenizer(**own, truncation=True, max_length=max_length, **options))

@@ -175,6 +175,24 @@ def label_words(place: Int64Array, numbers: Sequence[int], inner: Sequence[int] 
     return labels
 
 
+def tags_of_words(place: Int64Array, tags: Sequence[str], num_words: int) -> list[str | None]:
+    """Tags of words from those of tokens: that of the first, None for a word without a token.
+
+    Args:
+        place: (tokens,) the word of each token, -1 for none.
+        tags: (tokens,) likewise.
+        num_words: How many words there are.
+
+    Example:
+        >>> tags_of_words(np.array([0, 0, -1, 2]), ["B-PER", "I-PER", "O", "O"], 3)
+        ['B-PER', None, 'O']
+    """
+    of_words: dict[int, str] = {}
+    for word, tag in zip(place.tolist(), tags, strict=True):
+        of_words.setdefault(word, tag)
+    return [of_words.get(word) for word in range(num_words)]
+
+
 def inner_tag(tag: str, classes: ClassNames) -> str:
     """What tokens of a word after its first are called, where the word is ``B-...`` and there is an ``I-...``."""
     inner = "I-" + tag[2:]

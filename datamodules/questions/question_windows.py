@@ -78,6 +78,19 @@ class QuestionWindow:
         types = self.pair.token_type_ids
         return None if types is None else self._cut(types)
 
+    @property
+    def characters(self) -> tuple[Int32Array, Int32Array]:
+        """(tokens,) each, of the input: the character of the context where a token begins, and that after its last.
+
+        -1 where it is no token of the context; and, of the first, where no answer may start.
+        """
+        begins, ends = np.full((2, len(self)), -1, np.int32)
+        place = slice(self.pair.context_begin, self.pair.context_begin + self.length)
+        offsets = self.pair.offsets[self.start : self.start + self.length]
+        begins[place] = np.where(self.can_start, offsets[:, 0], -1)
+        ends[place] = offsets[:, 1]
+        return begins, ends
+
     def _cut(self, tokens: Int32Array) -> Int32Array:
         begin, end = self.pair.context_begin, self.pair.context_end
         window = slice(begin + self.start, begin + self.start + self.length)

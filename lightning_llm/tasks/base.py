@@ -144,6 +144,17 @@ class Task(ABC):
     def score(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Run the model on a batch, with or without labels; return what prediction gives, an entry for each row."""
 
+    def merged(self, outputs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
+        """Make one prediction of those of the windows of a whole, in whichever batches they lie.
+
+        Args:
+            outputs: What :meth:`score` gave of each batch.
+
+        Returns:
+            An entry for each whole, plain values by name; None where each row is one.
+        """
+        return None
+
     @abstractmethod
     def outputs(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """Run the model on a batch as training does; return (batch, ...), for instance logits.

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import string
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_llm.answer_scores import exact_match, f1
 from lightning_llm.loss import accumulation_dtype
 from lightning_llm.tasks.metrics import SpanMetrics, span_rates
 
@@ -119,6 +117,21 @@ def best_spans(
     return torch.stack([best, begins.double(), ends.double()], -1)
 
 
+def candidate_rows(example_ids: Tensor, spans: Tensor, null_scores: Tensor) -> Tensor:
+    """What :func:`best_answers` takes, of the best spans of windows.
+
+    Args:
+        example_ids: (num_windows,) int64, the question of each window.
+        spans: (num_windows, n, 3), as :func:`best_spans` gives them.
+        null_scores: (num_windows,) of "no answer".
+
+    Returns:
+        (num_windows * n, 5) float64.
+    """
+    of_window = [column.double()[:, None, None].expand(-1, spans.shape[1], 1) for column in (example_ids, null_scores)]
+    return torch.cat([of_window[0], spans.double(), of_window[1]], -1).flatten(0, 1)
+
+
 def best_answers(candidates: Tensor, null_score_threshold: float | None = None) -> dict[int, tuple[float, int, int]]:
     """One answer for each question, of all windows of its context.
 
@@ -180,11 +193,7 @@ class AnswerMetrics(Metric):
         """Add the best spans of windows, (num_windows, n, 3), and their scores of "no answer", (num_windows,)."""
         if example_ids is None or spans is None or null_scores is None:  # a batch of rows that are no windows
             return
-        rows = torch.cat(
-            [example_ids.double()[:, None, None].expand(-1, spans.shape[1], 1), spans,
-             null_scores.double()[:, None, None].expand(-1, spans.shape[1], 1)], -1
-        )  # fmt: skip
-        self.candidates.append(rows.flatten(0, 1))
+        self.candidates.append(candidate_rows(example_ids, spans, null_scores))
 
     def compute(self) -> dict[str, Tensor]:
         """``answer_exact_match`` and ``answer_f1``, from 0 to 1; nothing where no window was added."""
@@ -196,39 +205,19 @@ class AnswerMetrics(Metric):
         known = {key: span for key, span in answers.items() if key >= 0}  # below 0: a rank had no row left
         sums = torch.zeros(2, dtype=torch.float64, device=rows.device)
         for example, (_, begin, end) in known.items():
-            text, right = self.context_of(example)[begin:end], self.answers_of(example) or [""]
-            scores = [(float(normalized(text) == normalized(answer)), word_f1(text, answer)) for answer in right]
-            sums += sums.new_tensor([max(column) for column in zip(*scores, strict=True)])
-        exact, f1 = sums / max(len(known), 1)
-        return {"answer_exact_match": exact, "answer_f1": f1}
-
-
-def normalized(text: str) -> str:
-    """A text as SQuAD compares it: lower case, no punctuation, no articles, single spaces.
-
-    Example:
-        >>> normalized("The  Eiffel Tower!")
-        'eiffel tower'
-    """
-    text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
-def word_f1(text: str, answer: str) -> float:
-    """F1 of the words of a text and of a right answer, as SQuAD counts them.
-
-    Example:
-        >>> round(word_f1("the tall tower", "Eiffel tower"), 3)
-        0.5
-    """
-    found, wanted = normalized(text).split(), normalized(answer).split()
-    if not found or not wanted:
-        return float(found == wanted)
-    common = sum((Counter(found) & Counter(wanted)).values())
-    return 2 * common / (len(found) + len(wanted))
+            text, right = self.context_of(example)[begin:end], self.answers_of(example)
+            sums += sums.new_tensor([exact_match(text, right), f1(text, right)])
+        means = sums / max(len(known), 1)
+        return {"answer_exact_match": means[0], "answer_f1": means[1]}
 
 
 def columns_of(batch: Mapping[str, Any], *names: str) -> list[Tensor] | None:
     """Columns of a batch, or None if it lacks one of them."""
     columns = [batch[name] for name in names if isinstance(batch.get(name), Tensor)]
     return columns if len(columns) == len(names) else None
+
+
+def name_of(data: Any, example: int) -> str | int:
+    """What the data module calls an example; its number, if it has no names."""
+    name: str | int = data.name_of(example) if hasattr(data, "name_of") else example
+    return name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,14 @@ from lightning_llm.loss import IGNORE_INDEX, TokenLoss, accumulation_dtype, clas
 from lightning_llm.tasks.base import num_labels
 from lightning_llm.tasks.head import HeadTask
 from lightning_llm.tasks.labels import set_labels
-from lightning_llm.tasks.merging import AnswerMetrics, best_spans, columns_of
+from lightning_llm.tasks.merging import (
+    AnswerMetrics,
+    best_answers,
+    best_spans,
+    candidate_rows,
+    columns_of,
+    name_of,
+)
 from lightning_llm.tasks.metrics import Means, TaskMetrics
 
 LONGEST_ANSWER = 30  # tokens, as in transformers' example of SQuAD
@@ -29,6 +36,15 @@ class QuestionAnswering(HeadTask):
     of starts and ends that are targets, two for a row with its answer in it. The mean is then transformers'
     ``(start_loss + end_loss) / 2`` wherever a batch has as many starts as ends; where a text is cut within an answer,
     every start and every end weighs the same, which holds for all cuts of a batch.
+
+    Rows may be windows of questions. If batches say which, by ``example_ids`` (batch,), and which characters of its
+    context a token stands for, by ``char_begins`` and ``char_ends`` (batch, seq), and the data module has
+    ``context_of`` and ``answers_of``, answers are those of whole questions. ``null_positions`` (batch,) is the token
+    that stands for "no answer"; the first, if left out.
+
+    Args:
+        loss_kernel: As for every task.
+        null_score_threshold: As for :func:`~lightning_llm.tasks.merging.best_answers`.
     """
 
     name = "question-answering"
@@ -38,7 +54,8 @@ class QuestionAnswering(HeadTask):
     def __init__(self, loss_kernel: LossKernel = "chunked", *, null_score_threshold: float | None = None) -> None:
         super().__init__(loss_kernel)
         self.null_score_threshold = null_score_threshold
-        self._texts: Any = None
+        # A function, for a copy of the module, as weight averaging makes one, is not to hold a copy of the data.
+        self._data: Callable[[], Any] | None = None
 
     def configure(
         self,
@@ -51,8 +68,8 @@ class QuestionAnswering(HeadTask):
         """The head has two outputs a token, of starts and of ends."""
         super().configure(config, labels, datamodule=datamodule, is_built=is_built)
         set_labels(config, 2, is_built=is_built)
-        has_texts = hasattr(datamodule, "context_of") and hasattr(datamodule, "answers_of")
-        self._texts = datamodule if has_texts else self._texts
+        if hasattr(datamodule, "context_of") and hasattr(datamodule, "answers_of"):
+            self._data = lambda: datamodule
 
     def loss_of(self, output: Any, batch: Mapping[str, Any]) -> TokenLoss:
         """Sum the cross-entropy over starts and ends."""
@@ -88,18 +105,29 @@ class QuestionAnswering(HeadTask):
         first_token, last_token = index // start.shape[1], index % start.shape[1]
         logits = {"start_logits": output.start_logits, "end_logits": output.end_logits}
         found = {**logits, "starts": first_token, "ends": last_token, "scores": scores}
-        columns = columns_of(batch, "example_ids", "char_begins", "char_ends")
-        if columns is not None:
-            example_ids, begins, ends = columns
-            spans = best_spans(output.start_logits, output.end_logits, begins, ends, max_answer_tokens=LONGEST_ANSWER)
-            found |= {"example_ids": example_ids, "spans": spans, "null_scores": start[:, 0] + end[:, 0]}
-        return found
+        return {**found, **self._windows(output, batch)}
+
+    def merged(self, outputs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
+        """An answer a question: ``id``, ``answer`` (empty for none), characters ``begin`` to ``end``, ``score``."""
+        if self._data is None or not all("spans" in output for output in outputs):
+            return None
+        data = self._data()
+        rows = [candidate_rows(output["example_ids"], output["spans"], output["null_scores"]) for output in outputs]
+        lines = []
+        for example, (score, begin, end) in best_answers(torch.cat(rows), self.null_score_threshold).items():
+            if example >= 0:  # below 0: a rank had no row left
+                text = data.context_of(example)[begin:end]
+                begin += len(text) - len(text.lstrip())
+                answer = {"answer": text.strip(), "begin": begin, "end": begin + len(text.strip()), "score": score}
+                lines.append({"id": name_of(data, example), **answer})
+        return lines
 
     def metrics(self, source_names: Sequence[str] = ()) -> TaskMetrics:
         """The loss; how many starts, ends, and both of a row are right; exact match and F1 of whole questions."""
         found: dict[str, Metric] = {"means": Means(["loss", "start_accuracy", "end_accuracy", "exact_match"])}
-        if self._texts is not None:
-            texts = (self._texts.context_of, self._texts.answers_of)
+        if self._data is not None:
+            data = self._data  # functions, as above
+            texts = (lambda example: data().context_of(example), lambda example: data().answers_of(example))
             found["answers"] = AnswerMetrics(*texts, self.null_score_threshold)
         return TaskMetrics(found)
 
@@ -115,14 +143,20 @@ class QuestionAnswering(HeadTask):
             "end_accuracy": TokenLoss(right_ends.sum(), has_end.sum()),
             "exact_match": TokenLoss((right_starts & right_ends).sum(), (has_start & has_end).sum()),
         }
-        columns = columns_of(batch, "example_ids", "char_begins", "char_ends")
-        windows = {}
-        if columns is not None and self._texts is not None:
-            example_ids, begins, ends = columns
-            spans = best_spans(output.start_logits, output.end_logits, begins, ends, max_answer_tokens=LONGEST_ANSWER)
-            null_scores = output.start_logits[:, 0] + output.end_logits[:, 0]
-            windows = {"example_ids": example_ids, "spans": spans, "null_scores": null_scores}
+        windows = {} if self._data is None else self._windows(output, batch)
         metrics.update(means=means, **windows)
+
+    def _windows(self, output: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The best spans of windows of questions; nothing of other rows."""
+        columns = columns_of(batch, "example_ids", "char_begins", "char_ends")
+        if columns is None:
+            return {}
+        example_ids, begins, ends = columns
+        start, end = output.start_logits, output.end_logits
+        spans = best_spans(start, end, begins, ends, max_answer_tokens=LONGEST_ANSWER)
+        null = batch.get("null_positions", torch.zeros_like(example_ids))[:, None]
+        null_scores = start.gather(1, null).double() + end.gather(1, null).double()
+        return {"example_ids": example_ids, "spans": spans, "null_scores": null_scores[:, 0]}
 
     def _targets(self, output: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Places of starts and ends, (batch,) each, -100 where there is none."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from lightning_llm.head_loss import LossKernel
 from lightning_llm.loss import IGNORE_INDEX, TokenLoss, accumulation_dtype, class_cross_entropy
 from lightning_llm.tasks.head import HeadTask, check_range
-from lightning_llm.tasks.merging import DocumentSpanMetrics
+from lightning_llm.tasks.merging import DocumentSpanMetrics, merged_tokens, name_of
 from lightning_llm.tasks.metrics import Means, TaskMetrics, marks_spans
 
 _PLACES = ("example_ids", "token_positions")
@@ -33,6 +34,7 @@ class TokenClassification(HeadTask):
     def __init__(self, loss_kernel: LossKernel = "chunked") -> None:
         super().__init__(loss_kernel)
         self.tags: list[str] = []
+        self._data: Callable[[], Any] = lambda: None  # a function, as for questions
 
     def configure(
         self,
@@ -46,6 +48,8 @@ class TokenClassification(HeadTask):
         any_config: Any = config
         super().configure(config, labels, datamodule=datamodule, is_built=is_built)
         self.tags = [str(any_config.id2label[index]) for index in range(any_config.num_labels)]
+        if datamodule is not None:
+            self._data = lambda: datamodule
 
     def check(self, batch: Mapping[str, Any], config: PretrainedConfig) -> None:
         """Refuse labels for which there is no class."""
@@ -67,6 +71,23 @@ class TokenClassification(HeadTask):
         logits = accumulation_dtype(self.outputs(model, batch))
         places = {name: batch[name] for name in _PLACES if name in batch}
         return {"probabilities": logits.softmax(-1), "predictions": logits.argmax(-1), **places}
+
+    def merged(self, outputs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
+        """An entry a document: its ``id`` and what the data module's ``described`` makes of it, else its ``tags``."""
+        if not all(name in output for name in _PLACES for output in outputs):
+            return None
+        tokens = []
+        for output in outputs:
+            places, examples = output["token_positions"], output["example_ids"]
+            columns = torch.stack([examples[:, None].expand_as(places), places, output["predictions"]], -1)
+            tokens.append(columns[places >= 0])
+        examples, places, classes = torch.cat(tokens).unbind(-1)
+        data, lines = self._data(), []
+        for example, values in merged_tokens(examples, places[:, None], classes[:, None]).items():
+            tags = [self.tags[value] for value in values.tolist()]
+            described = data.described(example, tags) if hasattr(data, "described") else {"tags": tags}
+            lines.append({"id": name_of(data, example), **described})
+        return lines
 
     def metrics(self, source_names: Sequence[str] = ()) -> TaskMetrics:
         """Loss, accuracy and macro F1 of tokens; precision, recall and F1 of spans where classes are tags of spans."""

@@ -111,7 +111,7 @@ def test_the_largest_batch_of_any_documents_is_within_their_number_times_the_lar
 def test_it_trains_in_a_trainer_in_pieces_too(quiet_trainer):
     weights = []
     for pieces in ([], [DynamicBatchScaler(max_piece=80)]):
-        module = data_module(micro_batch_size=8, max_length=10)
+        module = data_module(micro_batch_size=8, max_length=10, test_data=records())
         torch.manual_seed(0)
         config = {**BERT, "vocab_size": len(module.tokenizer)}
         model = LLMModule(config, "sequence-classification", task_options={"pooling": "attention"}, dtype="float64")

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from lightning_llm import LLMModule
+from lightning_llm.answer_scores import exact_match, f1, normalized
 from lightning_llm.datamodules import QuestionAnsweringDataModule
-from lightning_llm.datamodules.questions.scores import exact_match, f1, normalized, score_answers
+from lightning_llm.datamodules.questions.scores import score_answers
 
 BERT = {
     "model_type": "bert",

@@ -32,7 +32,7 @@ def files(tmp_path):
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
     return {
         "jsonl": write(tmp_path / "rows.jsonl", LINES),
-        "gz": write(tmp_path / "rows.jsonl.gz", gzip.compress(LINES.encode())),
+        "gz": write(tmp_path / "rows.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)),
         "blank lines and a mark": write(tmp_path / "marked.jsonl", "\ufeff" + LINES.replace("\n", "\n\n")),
         "json lines": write(tmp_path / "lines.json", LINES),
         "json list": write(tmp_path / "list.json", json.dumps(ROWS, indent=1)),
@@ -133,7 +133,7 @@ def test_names_of_classes_come_with_a_data_set():
         ("a.csv", "a,b\n", ValueError, "a.csv has no row"),
         ("a.csv", b"a,b\n\xff,2\n", ValueError, "a.csv cannot be read: .*utf-8"),
         ("a.parquet", "PAR1 and no more", ValueError, "a.parquet cannot be read: .*magic bytes"),
-        ("a.jsonl.gz", gzip.compress(LINES.encode())[:-9], ValueError, "a.jsonl.gz cannot be read"),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-9], ValueError, "a.jsonl.gz cannot be read"),
         ("a.xlsx", "a", ValueError, r"Cannot tell what .*a.xlsx holds from its name. Expected .csv, .json"),
     ],
 )

@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lightning_llm.callbacks.counting import num_label_tokens, num_samples
+from lightning_llm.callbacks.counting import num_samples, num_targets
 from lightning_llm.loss import exact_dtype
 from lightning_llm.parallel import data_parallel_size
 
@@ -40,7 +40,8 @@ class BatchContent:
     Args:
         target: Of what the mean in a micro-batch is to be known; ``micro_batches``: of nothing.
         counts_tokens: Whether tokens are counted in any case.
-        token_fn: ``batch -> number of label tokens``; None for Hugging Face's batches.
+        token_fn: ``batch -> number of label tokens``; None: as the module counts them,
+            or those of Hugging Face's batches.
 
     Attributes:
         tokens: Label tokens trained on, if they are counted.
@@ -50,7 +51,7 @@ class BatchContent:
     def __init__(self, target: Target, counts_tokens: bool, token_fn: Callable[[Any], Any] | None = None) -> None:
         self.target = target
         self.counts_tokens = counts_tokens
-        self.token_fn = token_fn or num_label_tokens
+        self.token_fn = token_fn
         self.forget()
 
     @property
@@ -97,5 +98,7 @@ class BatchContent:
 
     def _count(self, trainer: L.Trainer, batch: Any, kind: str) -> Tensor:
         device = trainer.strategy.root_device
-        number = num_samples(batch) if kind == "sequences" else self.token_fn(batch)
+        number = (
+            num_samples(batch) if kind == "sequences" else num_targets(trainer.lightning_module, batch, self.token_fn)
+        )
         return torch.as_tensor(number, device=device).to(exact_dtype(device))

@@ -1,8 +1,8 @@
-"""What a batch holds: rows, and label tokens."""
+"""What a batch holds: rows, and targets."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -28,6 +28,17 @@ def num_samples(batch: Any) -> int:
         except TypeError:
             continue
     raise TypeError(f"Cannot count the rows of a {type(batch).__name__} without a tensor. Pass a function that does.")
+
+
+def num_targets(module: Any, batch: Any, token_fn: Callable[[Any], Any] | None = None) -> Any:
+    """Targets of a batch, a number or a tensor of shape ().
+
+    Args:
+        module: The LightningModule; it counts if it has ``num_targets(batch)``, as ``LLMModule`` has for each task.
+        batch: What ``training_step`` takes.
+        token_fn: Counts in place of it. Without either, :func:`num_label_tokens` does.
+    """
+    return (token_fn or getattr(module, "num_targets", None) or num_label_tokens)(batch)
 
 
 def num_label_tokens(batch: Any) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor
 
-from lightning_llm.callbacks.counting import num_label_tokens
+from lightning_llm.callbacks.counting import num_targets
 from lightning_llm.callbacks.pruning.layers import PrunedWeight, check_weights, linear_layers, zero_averages
 from lightning_llm.callbacks.pruning.masks import (
     keep_largest_of_group,
@@ -118,7 +118,7 @@ class MagnitudePruning(L.Callback):
         self.scope = scope
         self.modules = [modules] if isinstance(modules, str) else modules
         self.structure = _parse_structure(structure, self.final)
-        self.token_fn = token_fn or num_label_tokens
+        self.token_fn = token_fn
         self.log_name = log_name
         self._weights: list[PrunedWeight] = []
         self._handles: list[Any] = []
@@ -163,7 +163,8 @@ class MagnitudePruning(L.Callback):
         """Count tokens, on the device's own time, where the schedule is in tokens."""
         if "tokens" in self.schedule.units and self.wanted < self.final:
             device = trainer.strategy.root_device
-            self._counted.append(torch.as_tensor(self.token_fn(batch), device=device).to(exact_dtype(device)))
+            number = num_targets(pl_module, batch, self.token_fn)
+            self._counted.append(torch.as_tensor(number, device=device).to(exact_dtype(device)))
 
     @torch.no_grad()
     def on_before_optimizer_step(

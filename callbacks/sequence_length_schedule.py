@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_llm.callbacks.counting import num_label_tokens
+from lightning_llm.callbacks.counting import num_targets
 from lightning_llm.callbacks.dynamic_batch_scaler import DynamicBatchScaler
 from lightning_llm.callbacks.pieces.columns import truncate
 from lightning_llm.callbacks.pieces.rehearsal import rehearse_step
@@ -95,7 +95,7 @@ class SequenceLengthSchedule(L.Callback):
         self.round_to = round_to
         self.reserve = reserve
         self.cut_fn = cut_fn
-        self.token_fn = token_fn or num_label_tokens
+        self.token_fn = token_fn
         self.log_name = log_name
         self._trainer: L.Trainer | None = None  # while training
         self._unpatch: Callable[[], None] | None = None
@@ -206,7 +206,8 @@ class SequenceLengthSchedule(L.Callback):
         batch = (self.cut_fn or own)(batch, self.sequence_length)
         if self._counts:
             device = trainer.strategy.root_device
-            self._counted.append(torch.as_tensor(self.token_fn(batch)).to(device, exact_dtype(device)))
+            number = num_targets(trainer.lightning_module, batch, self.token_fn)
+            self._counted.append(torch.as_tensor(number).to(device, exact_dtype(device)))
         return batch
 
     def _choose(self, trainer: L.Trainer, batch_idx: int) -> None:

@@ -446,6 +446,10 @@ class LLMModule(L.LightningModule):
 
     # ---- training ------------------------------------------------------------------------------------------------
 
+    def num_targets(self, batch: Mapping[str, Any]) -> Tensor:
+        """How many targets a batch has, without the model: tokens, rows, pairs; shape (). For whoever counts ahead."""
+        return self.task.num_targets(batch)
+
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Mean loss over the batch's targets (nats; of numbers, squared), and how many there are."""
         with self._offloaded():

@@ -177,10 +177,6 @@ class MultiTaskModule(LLMModule):
 
     # ---- training ------------------------------------------------------------------------------------------------
 
-    def num_targets(self, batch: Mapping[str, Any]) -> Tensor:
-        """How many targets a batch has, as its task counts them; the data module asks before a step."""
-        return self.task.num_targets(batch)
-
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """The micro-batch's part of the step's objective, so that the token-weighted mean of all is the objective.
 

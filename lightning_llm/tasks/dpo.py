@@ -124,6 +124,11 @@ class DPO(Task):
         logps = self._logps(model, batch)
         return self._loss(logps), self._details(logps)
 
+    def num_targets(self, batch: Mapping[str, Any]) -> Tensor:
+        """Pairs with a label token on both sides."""
+        has = [(shift_labels(batch[f"{side}_labels"]) != IGNORE_INDEX).any(1) for side in _SIDES]
+        return (has[0] & has[1]).sum()
+
     def score(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """For each pair ``chosen_logps`` and ``rejected_logps`` in nats, and with a reference the rewards, (pairs,)."""
         logps = self._logps(model, batch)

@@ -146,6 +146,11 @@ class Embedding(Task):
         """Sum the loss over the rows."""
         return self._loss(self._pairs(model, batch), batch)
 
+    def num_targets(self, batch: Mapping[str, Any]) -> Tensor:
+        """Rows of the data."""
+        columns = next(iter(texts_of(batch).values()))["input_ids"]
+        return torch.ones(len(columns), dtype=torch.int64, device=columns.device)[_real_rows(batch)].sum()
+
     def score(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """``embeddings`` (rows, dim); of pairs ``anchor_embeddings``, ``positive_embeddings`` and their ``cosine``."""
         embeddings = self._embeddings(model, texts_of(batch))

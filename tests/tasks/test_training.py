@@ -5,7 +5,7 @@ import torch
 from task_models import CASES, Case, padded
 from torch.utils.data import DataLoader
 
-from lightning_llm.callbacks import DynamicBatchScaler, TokenWeightedAccumulation
+from lightning_llm.callbacks import AccumulationSchedule, DynamicBatchScaler, TokenWeightedAccumulation
 
 TOLERANCE = 1e-11  # of weights after three steps of AdamW
 ROWS = 21  # three steps of 7
@@ -54,3 +54,14 @@ def _scaler(case: Case):
     if case.task in ("image-classification", "audio-classification"):
         return DynamicBatchScaler(max_piece=2, cost_fn=lambda batch: len(batch["labels"]))
     return DynamicBatchScaler(max_piece=40)
+
+
+@pytest.mark.parametrize("name", ["masked-lm, bert", "seq2seq, bart", "one class", "tokens", "answers, bert"])
+def test_a_schedule_in_tokens_counts_the_targets_of_the_task(quiet_trainer, name):
+    case = CASES[name]
+    module, schedule = case.module(), AccumulationSchedule({"0 tokens": 1, "1M tokens": 2})
+    loader = batches(case.rows(ROWS), 3)
+    trainer = quiet_trainer(max_steps=len(loader), callbacks=[TokenWeightedAccumulation(), schedule])
+    trainer.fit(module, loader)
+    truth = sum(int(module.task.loss(module.model, batch).num_tokens) for batch in loader)
+    assert schedule.content.tokens == module.tokens_seen == truth

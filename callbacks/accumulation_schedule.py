@@ -9,9 +9,9 @@ from typing import Any, get_args
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_llm.callbacks.batch_content import Target, micro_batches_for
-from lightning_llm.callbacks.exact_windows import ExactWindows
-from lightning_llm.callbacks.run_progress import check_milestones, progress_of, share_of_run
+from lightning_llm.callbacks.steps.batch_content import Target, micro_batches_for
+from lightning_llm.callbacks.steps.exact_windows import ExactWindows
+from lightning_llm.callbacks.steps.run_progress import check_milestones, progress_of, share_of_run
 from lightning_llm.parallel import data_parallel_size
 from lightning_llm.ramps import as_schedule
 from lightning_llm.schedule import Interpolation, Progress, Schedule

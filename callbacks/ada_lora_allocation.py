@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_llm.callbacks.gradients import parameters_of
+from lightning_llm.callbacks.steps.gradients import parameters_of
 from lightning_llm.run_length import total_optimizer_steps
 
 

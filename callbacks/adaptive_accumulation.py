@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_llm.callbacks.exact_windows import ExactWindows
+from lightning_llm.callbacks.steps.exact_windows import ExactWindows
 
 Unit = Literal["sequences", "tokens"]
 Rule = Literal["unknown", "waiting", "uncertain", "close", "grow", "shrink"]

@@ -13,11 +13,11 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Sin
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_llm.callbacks.accumulation_window import AccumulationWindow
-from lightning_llm.callbacks.counting import num_label_tokens, num_samples
 from lightning_llm.callbacks.noise.parts import MeasuredStep, Part, pair_up, sums_of
 from lightning_llm.callbacks.noise.watch import GradientWatch
-from lightning_llm.callbacks.step_outputs import listen_to_training_step
+from lightning_llm.callbacks.steps.accumulation_window import AccumulationWindow
+from lightning_llm.callbacks.steps.counting import num_label_tokens, num_samples
+from lightning_llm.callbacks.steps.step_outputs import listen_to_training_step
 from lightning_llm.noise_scale import NoiseScaleAverage, noise_and_signal
 from lightning_llm.parallel import data_parallel_size
 

@@ -12,7 +12,6 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor
 
-from lightning_llm.callbacks.counting import num_targets
 from lightning_llm.callbacks.pruning.layers import PrunedWeight, check_weights, linear_layers, zero_averages
 from lightning_llm.callbacks.pruning.masks import (
     keep_largest_of_group,
@@ -24,7 +23,8 @@ from lightning_llm.callbacks.pruning.masks import (
     smallest,
     unpack,
 )
-from lightning_llm.callbacks.run_progress import check_milestones, share_of_run
+from lightning_llm.callbacks.steps.counting import num_targets
+from lightning_llm.callbacks.steps.run_progress import check_milestones, share_of_run
 from lightning_llm.duration import Duration
 from lightning_llm.loss import exact_dtype
 from lightning_llm.parallel import data_parallel_size

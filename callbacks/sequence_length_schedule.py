@@ -12,11 +12,11 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_llm.callbacks.counting import num_targets
 from lightning_llm.callbacks.dynamic_batch_scaler import DynamicBatchScaler
 from lightning_llm.callbacks.pieces.columns import truncate
 from lightning_llm.callbacks.pieces.rehearsal import rehearse_step
-from lightning_llm.callbacks.run_progress import check_milestones, progress_of
+from lightning_llm.callbacks.steps.counting import num_targets
+from lightning_llm.callbacks.steps.run_progress import check_milestones, progress_of
 from lightning_llm.loss import exact_dtype
 from lightning_llm.parallel import data_parallel_size
 from lightning_llm.schedule import Interpolation, Progress, Schedule

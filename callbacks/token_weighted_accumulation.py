@@ -10,9 +10,9 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lightning_llm.callbacks.counting import num_samples
-from lightning_llm.callbacks.gradients import parameters_of, scale_gradients
-from lightning_llm.callbacks.step_outputs import listen_to_training_step
+from lightning_llm.callbacks.steps.counting import num_samples
+from lightning_llm.callbacks.steps.gradients import parameters_of, scale_gradients
+from lightning_llm.callbacks.steps.step_outputs import listen_to_training_step
 from lightning_llm.loss import exact_dtype
 from lightning_llm.parallel import data_parallel_size
 

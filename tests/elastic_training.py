@@ -74,7 +74,7 @@ class Record(L.Callback):
 
 def seeded_steps():
     """Dropout that does not depend on what was drawn before, as after a resume."""
-    from lightning_llm.callbacks.accumulation_window import seed_window
+    from lightning_llm.callbacks.steps.accumulation_window import seed_window
 
     class Seed(L.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):

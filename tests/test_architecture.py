@@ -44,6 +44,7 @@ MODULES = sorted(
         "lightning_llm.callbacks.noise",
         "lightning_llm.callbacks.pieces",
         "lightning_llm.callbacks.pruning",
+        "lightning_llm.callbacks.steps",
         "lightning_llm.context_parallel",
         "lightning_llm.datamodules",
         "lightning_llm.datamodules.batches",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from lightning_llm.callbacks.gradients import gradient_norm, gradient_norms
+from lightning_llm.callbacks.steps.gradients import gradient_norm, gradient_norms
 from lightning_llm.loss import exact_dtype
 
 

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_llm.callbacks.gradients import parameters_of
 from lightning_llm.callbacks.pieces.cutting import Piece
 from lightning_llm.callbacks.pieces.memory import PeakMemory, release_memory
 from lightning_llm.callbacks.pieces.merging import PieceLogs
 from lightning_llm.callbacks.pieces.rows import count_rows, fresh, take_rows, tensors_in
 from lightning_llm.callbacks.pieces.training import TrainingPieces, run_quietly
 from lightning_llm.callbacks.pieces.undo import StateKeeper
+from lightning_llm.callbacks.steps.gradients import parameters_of
 from lightning_llm.out_of_memory import is_out_of_memory
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_llm.callbacks.gradients import parameters_of
+from lightning_llm.callbacks.steps.gradients import parameters_of
 
 _SMALL = 2**16  # elements of a buffer
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from lightning_llm import Progress, Schedule
 from lightning_llm.callbacks import AccumulationSchedule, TokenThroughput, TokenWeightedAccumulation
 from lightning_llm.callbacks.accumulation_schedule import micro_batches_for
-from lightning_llm.callbacks.accumulation_window import AccumulationWindow
+from lightning_llm.callbacks.steps.accumulation_window import AccumulationWindow
 
 MICRO_BATCH = 2
 RAMP = {"0 steps": 1, "3 steps": 2, "5 steps": 3, "8 steps": 5, "11 steps": 2}

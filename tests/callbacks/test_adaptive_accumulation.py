@@ -22,7 +22,7 @@ from lightning_llm.callbacks import (
     TokenWeightedAccumulation,
 )
 from lightning_llm.callbacks.adaptive_accumulation import next_batch
-from lightning_llm.callbacks.gradients import parameters_of
+from lightning_llm.callbacks.steps.gradients import parameters_of
 
 BOUNDS = (10.0, 1000.0)
 

@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 
 from lightning_llm import LLMModule
 from lightning_llm.callbacks import TokenWeightedAccumulation
-from lightning_llm.callbacks.counting import num_samples
-from lightning_llm.callbacks.gradients import scale_gradients
+from lightning_llm.callbacks.steps.counting import num_samples
+from lightning_llm.callbacks.steps.gradients import scale_gradients
 from lightning_llm.callbacks.token_weighted_accumulation import step_factor
 
 

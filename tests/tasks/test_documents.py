@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 from lightning_llm import LLMModule
 from lightning_llm.callbacks import DynamicBatchScaler, HuggingFaceCheckpoint, TokenWeightedAccumulation
-from lightning_llm.callbacks.counting import num_samples
+from lightning_llm.callbacks.steps.counting import num_samples
 from lightning_llm.tasks.documents import pooled_logits
 
 MESSAGE = "CUDA out of memory. Tried to allocate 2.00 GiB (injected)"

@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lightning_llm.callbacks.counting import num_samples, num_targets
+from lightning_llm.callbacks.steps.counting import num_samples, num_targets
 from lightning_llm.loss import exact_dtype
 from lightning_llm.parallel import data_parallel_size
 

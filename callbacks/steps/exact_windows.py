@@ -12,9 +12,14 @@ import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_llm.callbacks.accumulation_window import AccumulationWindow, WindowStart, is_cut_stream, seed_window
-from lightning_llm.callbacks.batch_content import BatchContent, Target, micro_batches_for
-from lightning_llm.callbacks.gradients import scale_gradients
+from lightning_llm.callbacks.steps.accumulation_window import (
+    AccumulationWindow,
+    WindowStart,
+    is_cut_stream,
+    seed_window,
+)
+from lightning_llm.callbacks.steps.batch_content import BatchContent, Target, micro_batches_for
+from lightning_llm.callbacks.steps.gradients import scale_gradients
 from lightning_llm.parallel import data_parallel_rank, data_parallel_size
 
 

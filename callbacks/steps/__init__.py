@@ -1,0 +1,1 @@
+"""What callbacks share about an optimizer step: its micro-batches, what they hold, gradients, how far the run is."""

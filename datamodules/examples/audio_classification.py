@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from lightning_llm.datamodules.examples.data_module import ExampleDataModule
 from lightning_llm.datamodules.examples.dataset import Collate, ExampleDataset, ExampleTable, LoadedDataset
-from lightning_llm.datamodules.examples.labels import ProblemType, RowLabels
+from lightning_llm.datamodules.examples.labelled_rows import LabelledRowsDataModule
+from lightning_llm.datamodules.examples.labels import ProblemType
 from lightning_llm.datamodules.examples.media_files import open_media
 from lightning_llm.datamodules.examples.records import Record, Records
 from lightning_llm.datamodules.examples.sounds import AUDIO_SUFFIXES, PaddedSounds, SoundLoader, SoundReader
@@ -19,7 +19,7 @@ from lightning_llm.datamodules.row_data_module import Split
 from lightning_llm.datamodules.windows import Int64Array
 
 
-class AudioClassificationDataModule(ExampleDataModule):
+class AudioClassificationDataModule(LabelledRowsDataModule):
     """Rows of a recording with a label, for ``LLMModule(task="audio-classification")``.
 
     Recordings are read when a batch asks for them: let ``num_workers`` do it. Batches have what the feature extractor
@@ -71,24 +71,20 @@ class AudioClassificationDataModule(ExampleDataModule):
             raise ValueError("The feature extractor knows the sampling rate: leave out `sampling_rate`.")
         if max_seconds is not None and not max_seconds > 0:
             raise ValueError(f"`max_seconds` must be above 0, but got {max_seconds}.")
-        super().__init__(data, None, **options)
+        super().__init__(
+            data,
+            None,
+            label_column=label_column,
+            labels=labels,
+            problem_type=problem_type,
+            label_separator=label_separator,
+            allow_empty_classes=allow_empty_classes,
+            **options,
+        )
         self.max_seconds = max_seconds
         self.audio_column = audio_column
-        self.problem_type: ProblemType = problem_type
         self._extractor = feature_extractor
         self._sampling_rate = sampling_rate
-        self._labels = RowLabels(
-            *(label_column, problem_type, labels),
-            separator=label_separator,
-            allow_empty_classes=allow_empty_classes,
-        )
-
-    @property
-    def label_names(self) -> list[str]:
-        """Names of the classes, in the order of their numbers; of numbers, the columns'."""
-        if self._labels.classes is None:
-            self._labels.learn(self.records("train"))
-        return self._labels.names
 
     @cached_property
     def feature_extractor(self) -> Any:
@@ -112,26 +108,15 @@ class AudioClassificationDataModule(ExampleDataModule):
         return f"max_seconds={self.max_seconds}"
 
     def _columns(self) -> Mapping[str, str]:
-        labels = self._labels.columns
-        return {
-            "audio_column": self.audio_column,
-            **{"label_column" if not number else f"label_column[{number}]": c for number, c in enumerate(labels)},
-        }
-
-    def _target_columns(self) -> Collection[str]:
-        return self._labels.columns
+        return {"audio_column": self.audio_column, **self._label_columns()}
 
     def _encoding(self) -> Mapping[str, Any]:
-        labels = {"problem_type": self.problem_type, "labels": self.label_names, "separator": self._labels.separator}
-        return {**labels, "sampling_rate": self._reader.sampling_rate, "max_samples": self._max_samples}
+        return {**super()._encoding(), "sampling_rate": self._reader.sampling_rate, "max_samples": self._max_samples}
 
     def _open(self, split: Split) -> Records:
         columns = (self.audio_column, self._labels.columns[0])
         name, config = self._names[split], self._dataset_config
         return open_media(self._data[split], AUDIO_SUFFIXES, columns, split=name, dataset_config=config)
-
-    def _learn(self, records: Records) -> None:
-        self._labels.learn(records)
 
     def _encode(self, records: Sequence[Record], names: Sequence[str]) -> list[list[Example]]:
         examples: list[list[Example]] = []
@@ -144,10 +129,6 @@ class AudioClassificationDataModule(ExampleDataModule):
 
     def _empty(self) -> Example:
         return {"labels": self._labels.empty()}
-
-    def _check_rows(self, split: Split, store: ExampleStore, rows: Int64Array) -> None:
-        if split == "train":
-            self._labels.check(store, rows, self.records("train").name)
 
     def _collate(self) -> Collate:
         return PaddedSounds(self.feature_extractor)

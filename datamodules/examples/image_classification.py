@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from lightning_llm.datamodules.examples.data_module import ExampleDataModule
 from lightning_llm.datamodules.examples.dataset import (
     Collate,
     ExampleDataset,
@@ -17,7 +16,8 @@ from lightning_llm.datamodules.examples.dataset import (
     PaddedColumns,
 )
 from lightning_llm.datamodules.examples.images import IMAGE_SUFFIXES, Augmentation, ImageLoader, check_image
-from lightning_llm.datamodules.examples.labels import ProblemType, RowLabels
+from lightning_llm.datamodules.examples.labelled_rows import LabelledRowsDataModule
+from lightning_llm.datamodules.examples.labels import ProblemType
 from lightning_llm.datamodules.examples.media_files import check_package, open_media
 from lightning_llm.datamodules.examples.records import Record, Records
 from lightning_llm.datamodules.examples.store import Example, ExampleStore
@@ -25,7 +25,7 @@ from lightning_llm.datamodules.row_data_module import Split
 from lightning_llm.datamodules.windows import Int64Array
 
 
-class ImageClassificationDataModule(ExampleDataModule):
+class ImageClassificationDataModule(LabelledRowsDataModule):
     """Rows of an image with a label, for ``LLMModule(task="image-classification")``.
 
     Images are opened when a batch asks for them: let ``num_workers`` do it. Batches have ``pixel_values`` (batch,
@@ -80,26 +80,22 @@ class ImageClassificationDataModule(ExampleDataModule):
         if not 0 < random_crop <= 1:
             raise ValueError(f"`random_crop` is a share of the image's area, above 0 and 1 at most, not {random_crop}.")
         check_package("PIL", "images", "Images")
-        super().__init__(data, None, **options)
+        super().__init__(
+            data,
+            None,
+            label_column=label_column,
+            labels=labels,
+            problem_type=problem_type,
+            label_separator=label_separator,
+            allow_empty_classes=allow_empty_classes,
+            **options,
+        )
         self.image_column = image_column
-        self.problem_type: ProblemType = problem_type
         self._processor = image_processor
         self._image_settings = (image_size, image_mean, image_std)
-        self._labels = RowLabels(
-            *(label_column, problem_type, labels),
-            separator=label_separator,
-            allow_empty_classes=allow_empty_classes,
-        )
         self._augmentation = (
             Augmentation(random_flip, random_crop, self.seed) if random_flip or random_crop < 1 else None
         )
-
-    @property
-    def label_names(self) -> list[str]:
-        """Names of the classes, in the order of their numbers; of numbers, the columns'."""
-        if self._labels.classes is None:
-            self._labels.learn(self.records("train"))
-        return self._labels.names
 
     @cached_property
     def image_processor(self) -> Any:
@@ -109,25 +105,12 @@ class ImageClassificationDataModule(ExampleDataModule):
         return load_image_processor(self._processor, *self._image_settings, trust_remote_code=self.trust_remote_code)
 
     def _columns(self) -> Mapping[str, str]:
-        labels = self._labels.columns
-        return {
-            "image_column": self.image_column,
-            **{"label_column" if not number else f"label_column[{number}]": c for number, c in enumerate(labels)},
-        }
-
-    def _target_columns(self) -> Collection[str]:
-        return self._labels.columns
-
-    def _encoding(self) -> Mapping[str, Any]:
-        return {"problem_type": self.problem_type, "labels": self.label_names, "separator": self._labels.separator}
+        return {"image_column": self.image_column, **self._label_columns()}
 
     def _open(self, split: Split) -> Records:
         columns = (self.image_column, self._labels.columns[0])
         name, config = self._names[split], self._dataset_config
         return open_media(self._data[split], IMAGE_SUFFIXES, columns, split=name, dataset_config=config)
-
-    def _learn(self, records: Records) -> None:
-        self._labels.learn(records)
 
     def _encode(self, records: Sequence[Record], names: Sequence[str]) -> list[list[Example]]:
         examples: list[list[Example]] = []
@@ -138,10 +121,6 @@ class ImageClassificationDataModule(ExampleDataModule):
 
     def _empty(self) -> Example:
         return {"labels": self._labels.empty()}
-
-    def _check_rows(self, split: Split, store: ExampleStore, rows: Int64Array) -> None:
-        if split == "train":
-            self._labels.check(store, rows, self.records("train").name)
 
     def _collate(self) -> Collate:
         return PaddedColumns(pad_token_id=0)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
-from lightning_llm.datamodules.examples.data_module import ExampleDataModule
 from lightning_llm.datamodules.examples.dataset import Collate, ExampleTable
-from lightning_llm.datamodules.examples.labels import ProblemType, RowLabels
+from lightning_llm.datamodules.examples.labelled_rows import LabelledRowsDataModule
+from lightning_llm.datamodules.examples.labels import ProblemType
 from lightning_llm.datamodules.examples.long_texts import DocumentWindows
-from lightning_llm.datamodules.examples.records import Record, Records
+from lightning_llm.datamodules.examples.records import Record
 from lightning_llm.datamodules.examples.store import Example, ExampleStore
 from lightning_llm.datamodules.examples.texts import encode_texts, text_of
-from lightning_llm.datamodules.row_data_module import Split
 from lightning_llm.datamodules.windows import Int64Array
 
 
-class TextClassificationDataModule(ExampleDataModule):
+class TextClassificationDataModule(LabelledRowsDataModule):
     """Rows of text with labels, for ``LLMModule(task="sequence-classification")``.
 
     Batches have ``input_ids``, ``attention_mask``, ``labels`` and, where the tokenizer makes them,
@@ -70,7 +69,17 @@ class TextClassificationDataModule(ExampleDataModule):
         max_windows: int | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(data, tokenizer, max_length, **options)
+        super().__init__(
+            data,
+            tokenizer,
+            max_length,
+            label_column=label_column,
+            labels=labels,
+            problem_type=problem_type,
+            label_separator=label_separator,
+            allow_empty_classes=allow_empty_classes,
+            **options,
+        )
         if long_texts not in ("cut", "windows"):
             raise ValueError(f"`long_texts` must be 'cut' or 'windows', but got {long_texts!r}.")
         if long_texts == "cut" and (overlap or max_windows is not None):
@@ -85,44 +94,20 @@ class TextClassificationDataModule(ExampleDataModule):
         self.max_windows = max_windows
         self.text_column = text_column
         self.text_pair_column = text_pair_column
-        self.problem_type: ProblemType = problem_type
-        self._labels = RowLabels(
-            *(label_column, problem_type, labels),
-            separator=label_separator,
-            allow_empty_classes=allow_empty_classes,
-        )
-
-    @property
-    def label_names(self) -> list[str]:
-        """Names of the classes, in the order of their numbers; of numbers, the columns'."""
-        if self._labels.classes is None:
-            self._labels.learn(self.records("train"))
-        return self._labels.names
 
     def _columns(self) -> Mapping[str, str]:
         pair = {} if self.text_pair_column is None else {"text_pair_column": self.text_pair_column}
-        labels = self._labels.columns
         return {
             "text_column": self.text_column,
             **pair,
-            **{"label_column" if not number else f"label_column[{number}]": c for number, c in enumerate(labels)},
+            **self._label_columns(),
         }
-
-    def _target_columns(self) -> Collection[str]:
-        return self._labels.columns
 
     def _encoding(self) -> Mapping[str, Any]:
-        settings: dict[str, Any] = {
-            "problem_type": self.problem_type,
-            "labels": self.label_names,
-            "separator": self._labels.separator,
-        }
+        settings = dict(super()._encoding())
         if self._windows is not None:  # the overlap makes no other tokens, but for what `max_windows` cuts
             settings |= {"long_texts": self.long_texts, "max_tokens": self._windows.max_tokens}
         return settings
-
-    def _learn(self, records: Records) -> None:
-        self._labels.learn(records)
 
     def _encode(self, records: Sequence[Record], names: Sequence[str]) -> list[list[Example]]:
         rows = list(zip(records, names, strict=True))
@@ -167,7 +152,3 @@ class TextClassificationDataModule(ExampleDataModule):
             return "Raise `max_windows` to read more of them."
         pairs = "" if self.text_pair_column is not None else ", or read them whole with long_texts='windows'"
         return f"Raise `max_length`, where the model allows it{pairs}."
-
-    def _check_rows(self, split: Split, store: ExampleStore, rows: Int64Array) -> None:
-        if split == "train":
-            self._labels.check(store, rows, self.records("train").name)

@@ -64,6 +64,8 @@ class MultiTaskDataModule(RowDataModule):
             raise ValueError(
                 "`batching` must be 'rows' or 'padded'; padding-free rows are a matter of each task's own."
             )
+        if global_batch_size is None:
+            raise ValueError("MultiTaskDataModule needs `global_batch_size`: rows of an optimizer step, of all tasks.")
         super().__init__(
             None,
             BatchSettings(batching, global_batch_size=global_batch_size),

@@ -283,3 +283,9 @@ def test_a_task_whose_rows_change_with_the_epoch_is_told_the_epoch(tmp_path):
     labels = [rows[RowIds([2, 5], epoch)]["labels"] for epoch in (0, 3)]
     assert not torch.equal(*labels)
     assert torch.equal(labels[1], part[RowIds([2, 5], 3)]["labels"])
+
+
+def test_a_step_without_a_size_is_refused(tmp_path):
+    parts = {"lm": TextDataModule("python-stdlib", "bytes", cache_dir=str(tmp_path))}
+    with pytest.raises(ValueError, match="needs `global_batch_size`: rows of an optimizer step"):
+        MultiTaskDataModule(parts, global_batch_size=None)

@@ -26,6 +26,8 @@ def shape_of(batch: Any) -> tuple[int, int, int]:
 
     Of documents in windows, each window is a row here: it needs memory like one.
     """
+    if _is_of_windows(batch):  # labels are of documents: several of one are no columns
+        batch = {key: value for key, value in batch.items() if key != "labels"}
     found = len(batch[DOCUMENTS]) if _is_of_windows(batch) else rows_or_none(batch)
     rows = 1 if found is None else found
     by_row = (tensor for tensor in tensors_in(batch) if tensor.ndim in (2, 3) and tensor.shape[0] == rows)

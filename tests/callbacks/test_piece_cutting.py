@@ -341,6 +341,14 @@ def test_all_windows_of_a_document_are_in_one_piece(documents, limit, trim):
     assert sum(len(half.batch["document_ids"]) for half in halves) == sum(counts)
 
 
+def test_labels_of_documents_are_no_columns_where_each_has_one_window():
+    batch = windows_of_documents([1, 1], [1, 1])
+    batch = {**batch, "input_ids": batch["input_ids"][:, :1], "attention_mask": batch["attention_mask"][:, :1]}
+    batch["new_token_mask"] = batch["new_token_mask"][:, :1]
+    assert batch["labels"].shape[1] > 1
+    assert BatchCutter().whole(batch).cost == 2
+
+
 def test_documents_are_taken_in_any_order_with_their_windows():
     batch = windows_of_documents([2, 1, 3], [4, 8, 2])
     taken = take_rows(batch, torch.tensor([2, 0, 2]), 3)

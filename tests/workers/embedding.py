@@ -58,3 +58,4 @@ def run_alone(batches, **task_options):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), **json.loads(sys.argv[2]))
+    torch.distributed.destroy_process_group()  # before the process ends with its threads

@@ -56,3 +56,4 @@ def main(folder: Path, names: list[str]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), **json.loads(sys.argv[2]))
+    torch.distributed.destroy_process_group()  # before the process ends with its threads

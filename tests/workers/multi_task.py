@@ -60,3 +60,4 @@ def main(folder: Path, truth: str) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), **json.loads(sys.argv[2]))
+    torch.distributed.destroy_process_group()  # before the process ends with its threads

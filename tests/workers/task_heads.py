@@ -79,3 +79,4 @@ def run_alone(case, batches):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), **json.loads(sys.argv[2]))
+    torch.distributed.destroy_process_group()  # before the process ends with its threads

@@ -142,7 +142,7 @@ def test_a_tagger_of_long_documents_trains_and_predicts_their_words(tokens, quie
     assert [line["tokens"] for line in lines] == [row["tokens"] for row in WORDS]
     right = [line["tags"] == row["ner_tags"] for line, row in zip(lines, WORDS, strict=True)]
     assert sum(right) > 0.7 * len(WORDS)
-    assert lines[0]["id"] == "the data, row 0"
+    assert lines[0]["id"] == "the test data, row 0"
 
 
 def test_texts_are_predicted_by_their_entities(tokens):

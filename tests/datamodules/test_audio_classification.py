@@ -7,6 +7,7 @@ import datasets
 import numpy as np
 import pytest
 import soundfile
+import task_models
 import torch
 from example_training import batches_of_ranks, largest_difference, row_ids_of, step_gradients
 from transformers import ASTFeatureExtractor, Wav2Vec2FeatureExtractor
@@ -15,28 +16,7 @@ from lightning_llm import LLMModule
 from lightning_llm.datamodules import AudioClassificationDataModule
 from lightning_llm.datamodules.examples.records import RecordError
 
-WAV2VEC2 = {
-    "model_type": "wav2vec2",
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "conv_dim": [8, 8],
-    "conv_kernel": [8, 4],
-    "conv_stride": [8, 4],
-    "num_feat_extract_layers": 2,
-    "num_conv_pos_embeddings": 8,
-    "num_conv_pos_embedding_groups": 2,
-    "feat_extract_norm": "layer",
-    "apply_spec_augment": False,
-    "layerdrop": 0.0,
-    "hidden_dropout": 0.0,
-    "attention_dropout": 0.0,
-    "activation_dropout": 0.0,
-    "feat_proj_dropout": 0.0,
-    "final_dropout": 0.0,
-    "classifier_proj_size": 8,
-}
+WAV2VEC2 = {**task_models.WAV2VEC2, "num_hidden_layers": 1, "conv_kernel": [8, 4], "conv_stride": [8, 4]}
 RATE = 1000
 TONES = {"high": 400, "low": 40}
 

@@ -149,37 +149,29 @@ class RowDataModule(ResumableDataModule):
     def _make_train_loader(self) -> RowLoader:
         self._check_trainer()
         dataset = self._dataset("train")
-        rank, num_ranks = self._ranks()
         accumulate = int(self.trainer.accumulate_grad_batches) if self.trainer is not None else 1
         plan = self.batch_settings.plan(
             self._order(dataset),
             dataset.table.row_lengths,
             dataset.table.num_label_tokens / len(dataset),
-            group=accumulate * num_ranks,
+            group=accumulate * self._ranks()[1],
             drop_last=self.drop_last,
         )
-        return RowLoader(
-            dataset,
-            plan,
-            rank=rank,
-            num_ranks=num_ranks,
-            trainer=self.trainer,
-            num_workers=self.num_workers,
-            pin_memory=self._pins_memory(),
-            identity=self._training_identity(),
-        )
+        return RowLoader(dataset, plan, **self._loading(is_training=True))
 
     def _make_eval_loader(self, split: Split) -> RowLoader:
         dataset = self._dataset(split)
+        plan = RowPlan(TableOrder(len(dataset)), self.eval_micro_batch_size)
+        return RowLoader(dataset, plan, **self._loading(is_training=False))
+
+    def _loading(self, *, is_training: bool) -> dict[str, Any]:
+        """What a loader is told of this rank and its processes, and, in training, of the position that it keeps."""
         rank, num_ranks = self._ranks()
-        return RowLoader(
-            dataset,
-            RowPlan(TableOrder(len(dataset)), self.eval_micro_batch_size),
-            rank=rank,
-            num_ranks=num_ranks,
-            num_workers=self.num_workers,
-            pin_memory=self._pins_memory(),
-        )
+        options: dict[str, Any] = {"rank": rank, "num_ranks": num_ranks}
+        options |= {"num_workers": self.num_workers, "pin_memory": self._pins_memory()}
+        if is_training:
+            options |= {"trainer": self.trainer, "identity": self._training_identity()}
+        return options
 
     def _check_trainer(self) -> None:
         """Refuse two that both decide how much an optimizer step holds."""

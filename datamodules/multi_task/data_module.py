@@ -169,30 +169,13 @@ class MultiTaskDataModule(RowDataModule):
                 f"A micro-batch holds one task, and a step rows of all: {len(self.tasks)} tasks need "
                 f"Trainer(accumulate_grad_batches={len(self.tasks)}) at least, but it is {accumulate}."
             )
-        rank, num_ranks = self._ranks()
-        return MultiTaskLoader(
-            rows,
-            plan,
-            rank=rank,
-            num_ranks=num_ranks,
-            trainer=self.trainer,
-            num_workers=self.num_workers,
-            pin_memory=self._pins_memory(),
-            identity=self._training_identity(),
-        )
+        return MultiTaskLoader(rows, plan, **self._loading(is_training=True))
 
     def _make_eval_loader(self, split: Split) -> MultiTaskLoader:
         rows = self._dataset(split)
-        rank, num_ranks = self._ranks()
         sizes = [self.tasks[name].eval_micro_batch_size for name in rows.names]
-        return MultiTaskLoader(
-            rows,
-            TaskByTaskPlan(rows.sizes, sizes, rows.numbers),
-            rank=rank,
-            num_ranks=num_ranks,
-            num_workers=self.num_workers,
-            pin_memory=self._pins_memory(),
-        )
+        plan = TaskByTaskPlan(rows.sizes, sizes, rows.numbers)
+        return MultiTaskLoader(rows, plan, **self._loading(is_training=False))
 
     def _training_identity(self) -> dict[str, Any] | None:
         parts = {name: part._training_identity() for name, part in self.tasks.items()}

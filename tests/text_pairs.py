@@ -28,11 +28,6 @@ def texts(number: int, names: tuple[str, ...] = ("anchor", "positive"), seed: in
     return batch
 
 
-def rows_of(batch: dict[str, Tensor], rows: Any) -> dict[str, Tensor]:
-    """Some rows of a batch."""
-    return {key: value[rows] for key, value in batch.items()}
-
-
 def embedding(config: dict[str, Any] = BERT, task_options: dict[str, Any] | None = None, **options: Any) -> LLMModule:
     """A module with random weights in float64."""
     defaults: dict[str, Any] = {"lr_schedule": "constant", "warmup": 0, "weight_decay": 0.0, "dtype": "float64"}
@@ -45,18 +40,8 @@ def embedding(config: dict[str, Any] = BERT, task_options: dict[str, Any] | None
     return module
 
 
-def weights_of(module: LLMModule) -> Tensor:
-    """All parameters in a row."""
-    return torch.cat([parameter.detach().flatten() for parameter in module.model.parameters()])
-
-
 def gradient_of(module: LLMModule, value: Tensor) -> Tensor:
     """Of all trained parameters, in a row."""
     module.zero_grad()
     value.backward()
     return torch.cat([p.grad.flatten() for p in module.model.parameters() if p.requires_grad])
-
-
-def distance(found: Tensor, truth: Tensor) -> float:
-    """Relative."""
-    return float((found - truth).norm() / truth.norm())

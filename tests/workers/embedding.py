@@ -11,7 +11,8 @@ from lightning.pytorch.strategies import DDPStrategy
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from ddp_module import Shard
-from text_pairs import embedding, rows_of, texts, weights_of
+from pair_models import rows_of, weights_of
+from text_pairs import embedding, texts
 
 from lightning_llm.callbacks import DynamicBatchScaler, TokenWeightedAccumulation
 from lightning_llm.optimizers import make_adamw
